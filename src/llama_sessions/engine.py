@@ -1,0 +1,134 @@
+"""`Engine`: one session at a time, answered whole or token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+from .errors import Cancelled, OptionError, StateError
+from .generation import Generation
+from .manager import ContextManager
+from .options import SamplingOptions
+from .report import Chunk, Reply
+from .session import Session
+
+
+class Stream(Iterator[Chunk]):
+    """Iterates over the chunks of one reply. Nothing happens before the first `next`.
+
+    Closing it early (`close`, leaving a `with`, or dropping it) ends the reply with what was said so far.
+    """
+
+    def __init__(self, cm: ContextManager, generation: Generation) -> None:
+        self._cm = cm
+        self._generation = generation
+        self._state = "new"
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Chunk:
+        generation = self._generation
+        if self._state == "over":
+            raise StopIteration
+        try:
+            if self._state == "new":
+                self._state = "running"
+                generation.start()
+            try:
+                self._decode()
+            except Cancelled:
+                chunk = Chunk("", None, generation.finish("cancelled"))
+            else:
+                chunk = generation.chunk()
+        except BaseException:
+            self._state = "over"
+            generation.fail()
+            raise
+        if chunk.reply is not None:
+            self._state = "over"
+        return chunk
+
+    def _decode(self) -> None:
+        """Whatever the next chunk needs: the rest of the prompt, or the last token."""
+        generation, n_batch = self._generation, self._cm.capabilities.n_batch
+        pending = generation.pending
+        if pending is not None:
+            self._cm.ask_progress(pending)
+        while (work := generation.work(n_batch)) is not None:
+            self._cm.step_one(work, holder=generation)
+            if pending is not None:
+                self._cm.ask_progress(pending)
+                pending = generation.pending
+
+    @property
+    def reply(self) -> Reply | None:
+        """The finished reply; None while it is under way."""
+        return self._generation.reply
+
+    def close(self) -> None:
+        """End the reply with what was said so far; again: nothing."""
+        if self._state == "running":
+            self._generation.fail()
+        self._state = "over"
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Engine:
+    """Replies of one session at a time. Generation options: see `SamplingOptions`."""
+
+    def __init__(self, cm: ContextManager) -> None:
+        if not isinstance(cm, ContextManager):
+            raise OptionError(f"Engine takes a ContextManager, not {cm!r}")
+        self.cm = cm
+
+    def stream(self, session: Session, text: str | None = None, **options: Any) -> Stream:
+        """The reply as chunks, one a sampled token; the last carries the `Reply`. `text` None answers the session as
+        it stands. Several streams of different sessions may be advanced in turn."""
+        if not isinstance(session, Session):
+            raise OptionError(f"a Session is wanted, not {session!r}")
+        checked = SamplingOptions.build(options)
+        return Stream(self.cm, Generation(self.cm, session, text, checked))
+
+    def chat(self, session: Session, text: str | None = None, **options: Any) -> Reply:
+        """The whole reply; it is appended to the session. Fails before its first token: the user's message is taken
+        back."""
+        with self.stream(session, text, **options) as stream:
+            for _ in stream:
+                pass
+            if stream.reply is None:
+                raise StateError("the stream ended without a reply")
+            return stream.reply
+
+    def complete(self, text: str, system: str | None = None, **options: Any) -> Reply:
+        """A one-shot chat in a session of its own, released afterwards."""
+        session = Session(system)
+        try:
+            return self.chat(session, text, **options)
+        finally:
+            self.cm.release(session)
+
+    def regenerate(self, session: Session, **options: Any) -> Reply:
+        """Answer the last user message anew. The old reply comes back if this fails before its first token."""
+        messages = session.messages
+        if not messages or messages[-1].get("role") != "assistant":
+            raise StateError("there is no reply to regenerate: the last message is not the assistant's")
+        old = messages.pop()
+        try:
+            reply = self.chat(session, **options)
+        except BaseException:
+            if messages and messages[-1].get("role") != "assistant":
+                messages.append(old)
+            raise
+        if not reply.n_generated and reply.stop_reason == "cancelled":
+            messages.append(old)
+        return reply

@@ -1,0 +1,1 @@
+"""Rows and where their tokens come from. Nothing here imports llama_cpp."""

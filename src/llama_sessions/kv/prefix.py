@@ -1,0 +1,64 @@
+"""The shared system prompt: its text, and its KV in a reserved row that every session copies from."""
+
+from __future__ import annotations
+
+from ..errors import DecodeError
+from ..types import TokenArray
+from .row import Row, common_prefix
+from .store import Feed, RowStore
+
+
+class Prefix:
+    """`seq_id` None: there is no slot for it; the text is then remembered only."""
+
+    def __init__(self, store: RowStore, seq_id: int | None) -> None:
+        self._store = store
+        self.seq_id = seq_id
+        self.text: str | None = None
+        self.row: Row | None = None if seq_id is None else store.add(seq_id)
+
+    @property
+    def has_slot(self) -> bool:
+        return self.seq_id is not None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the prompt that are in the row."""
+        return 0 if self.row is None else self.row.n
+
+    def set(self, text: str, tokens: TokenArray) -> int:
+        """Remember `text` and decode what its (n,) int32 `tokens` do not share with the last prefix.
+
+        Returns the tokens in the row: all, or 0 without a slot. On an error the text stays the old one and the row is
+        empty, or what was decoded of it.
+        """
+        if self.row is not None:
+            self._decode(self.row, tokens)
+        self.text = text
+        return self.n_tokens
+
+    def _decode(self, row: Row, tokens: TokenArray) -> None:
+        store = self._store
+        store.reconcile(row)
+        n_keep = common_prefix(row.tokens, tokens)
+        store.need_cells(len(tokens) - n_keep, row, n_keep)
+        store.cut(row, n_keep)
+        while row.n < len(tokens):
+            part = tokens[row.n : row.n + store.caps.n_batch]
+            code = store.decode([Feed(row, part, wants_logits=False)])
+            if code != 0:
+                raise DecodeError("llama_decode", code, "the system prompt was not encoded", store.context.last_error)
+
+    def copy_to(self, row: Row, n: int | None = None) -> int:
+        """Give `row` the first `n` tokens of the prefix (None: all) by sharing its cells; returns how many it got."""
+        if self.row is None:
+            return 0
+        n = self.n_tokens if n is None else min(n, self.n_tokens)
+        self._store.cut(row, 0)
+        return n if n and self._store.share(self.row, row, 0, n) else 0
+
+    def clear(self) -> None:
+        """Forget text and KV."""
+        self.text = None
+        if self.row is not None:
+            self._store.cut(self.row, 0)

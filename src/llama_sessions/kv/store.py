@@ -1,0 +1,254 @@
+"""The rows of one context, and the native calls that change them, each bracketed so that an interrupt is survived.
+
+Every change goes: mark the row suspect (how much of it is right whatever happens), call llama.cpp, commit, unmark. A
+row found suspect is reconciled with the live positions before its next use.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import CapacityError, StateError
+from ..report import Stretch
+from ..types import Capabilities, Context, FloatArray, MemoryKind, Run, TokenArray
+from .plan import Plan, Source, can_be_cut
+from .row import Row
+
+
+def no_cells(needed: int, free: int, caps: Capabilities) -> CapacityError:
+    """The error that says that cells ran out."""
+    return CapacityError(
+        f"{needed} cells are needed and {free} of {caps.n_cells} are free; release a session or raise n_ctx",
+        needed=needed,
+        available=free,
+        unit="cells",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Tokens to decode at the end of a row."""
+
+    row: Row
+    tokens: TokenArray
+    wants_logits: bool
+
+
+class RowStore:
+    """All rows by `seq_id`, the account of their cells, and counters of native work."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.caps: Capabilities = context.capabilities
+        self.rows: dict[int, Row] = {}
+        self.n_operations = 0
+        self.operation_seconds = 0.0
+        self.n_decodes = 0
+        self.n_tokens_decoded = 0
+        self.decode_seconds = 0.0
+        self._next_cell = 0
+        self._n_unique: int | None = 0
+        self._in_buffer: list[Row] = []  # rows whose logits are still in the context's own buffer
+
+    # -- asking
+
+    def n_unique_cells(self) -> int:
+        """Cells in use, a shared one counted once. Counted anew only after a share, a trim or an interrupt."""
+        if self._n_unique is None:
+            cells = [row.cells for row in self.rows.values() if row.n]
+            self._n_unique = len(np.unique(np.concatenate(cells))) if cells else 0
+        return self._n_unique
+
+    def n_free_cells(self) -> int | None:
+        """Cells that nobody holds; None where rows do not compete for cells."""
+        return None if self.caps.n_cells is None else self.caps.n_cells - self.n_unique_cells()
+
+    def need_cells(self, n: int, row: Row | None = None, n_keep: int = 0) -> None:
+        """CapacityError unless `n` cells can be had, once `row` is cut to `n_keep`."""
+        free = self.n_free_cells()
+        if free is not None and n > free and row is not None:
+            free += self._n_own_cells_beyond(row, n_keep)
+        if free is not None and n > free:
+            raise no_cells(n, free, self.caps)
+
+    def _n_own_cells_beyond(self, row: Row, n_keep: int) -> int:
+        """Cells that cutting `row` to `n_keep` would free: those no other row holds."""
+        tail = row.cells[n_keep:]
+        others = [r.cells for r in self.rows.values() if r is not row and r.n]
+        if not len(tail) or not others:
+            return len(tail)
+        return len(tail) - int(np.isin(tail, np.concatenate(others)).sum())
+
+    def source(self, row: Row, name: str) -> Source:
+        """What `row` offers a plan, with its live first position."""
+        first = 0
+        if row.n and self.caps.kind is not MemoryKind.FULL:
+            first = self.context.memory.pos_min(row.seq_id) or 0
+        return Source(name, row.seq_id, row.tokens, first)
+
+    def logits(self, row: Row) -> FloatArray:
+        """(n_vocab,) float32 logits after the row's last token; a view, good until the next change of that row."""
+        if row.logits is None:
+            raise StateError("no logits: nothing was decoded since the row last changed; call prepare first")
+        return self.context.logits(row.logits) if isinstance(row.logits, int) else row.logits
+
+    # -- changing rows
+
+    def add(self, seq_id: int, namespace: str | None = None) -> Row:
+        """A new, empty row. Whatever cells a lost owner left under the id are dropped."""
+        if self.context.memory.pos_max(seq_id) is not None:
+            self._remove(seq_id, 0)
+        row = self.rows[seq_id] = Row(seq_id, namespace)
+        return row
+
+    def remove(self, row: Row) -> None:
+        """Drop the row and its cells."""
+        self.cut(row, 0)
+        self.rows.pop(row.seq_id, None)
+
+    def cut(self, row: Row, n: int) -> int:
+        """Keep the first `n` tokens of a row, or none where its memory cannot; returns how many stayed."""
+        if n >= row.n and row.suspect is None:
+            return row.n
+        n = min(n, row.n)
+        if not can_be_cut(self.source(row, "row"), n, self.caps):
+            n = 0
+        self._spoil(row, n)
+        if not self._remove(row.seq_id, n) or not self._ends_at(row, n):
+            self._remove(row.seq_id, 0)
+            n = 0
+        row.n = n
+        row.suspect = None
+        return n
+
+    def reconcile(self, row: Row) -> None:
+        """Make a suspect row true again: keep what surely held before and after the change that did not finish."""
+        if row.suspect is None:
+            return
+        end = self.context.memory.pos_max(row.seq_id)
+        row.n = min(row.n, row.suspect, 0 if end is None else end + 1)
+        self.cut(row, 0 if self.caps.keeps_state else row.n)
+
+    def apply(self, row: Row, plan: Plan) -> list[Stretch]:
+        """Cut and share as planned; what is left to decode is up to the caller. At most two operations a stretch."""
+        stretches = []
+        started = time.perf_counter()
+        if plan.n_keep != row.n:
+            self.cut(row, plan.n_keep)
+        if row.n:
+            stretches.append(Stretch("row", 0, row.n, time.perf_counter() - started))
+        share = plan.share
+        # A cut that went deeper than planned leaves nothing to put the share on: then all is decoded.
+        if share is not None and share.p0 == row.n:
+            started = time.perf_counter()
+            if self.share(self.rows[share.seq_id], row, share.p0, share.p1):
+                stretches.append(Stretch(share.name, share.p0, share.p1, time.perf_counter() - started))
+        return stretches
+
+    def share(self, src: Row, dst: Row, p0: int, p1: int) -> bool:
+        """Give `dst`, which ends at `p0`, the cells `[p0, p1)` of `src`; no KV is computed or moved.
+
+        False: llama.cpp does not hold what was expected; `dst` is then empty.
+        """
+        self._spoil(dst, p0)
+        whole_only = not self.caps.unified or self.caps.keeps_state
+        started = time.perf_counter()
+        self.n_operations += 1
+        if whole_only:
+            self.context.memory.seq_cp(src.seq_id, dst.seq_id)
+        else:
+            self.context.memory.seq_cp(src.seq_id, dst.seq_id, p0, p1)
+        self.operation_seconds += time.perf_counter() - started
+        if whole_only and p1 < src.n:
+            self._remove(dst.seq_id, p1)
+        dst.write(p0, src.tokens[p0:p1], src.cells[p0:p1])
+        dst.n = p1
+        if not self._ends_at(dst, p1):
+            self.cut(dst, 0)
+            return False
+        dst.suspect = None
+        return True
+
+    def decode(self, feeds: Sequence[Feed]) -> int:
+        """One `llama_decode` of all feeds; returns its code. On 1 and -1 the rows are as before; on a compute failure
+        each row is what llama.cpp finished of it."""
+        fed = {feed.row.seq_id for feed in feeds}
+        for row in self._in_buffer:
+            # The next decode overwrites the buffer: logits nobody has read yet are copied out (14 us at 152k).
+            if row.seq_id not in fed and isinstance(row.logits, int):
+                row.logits = self.context.logits(row.logits).copy()
+        self._in_buffer = []
+        runs = []
+        n_total = 0
+        for feed in feeds:
+            row, n = feed.row, len(feed.tokens)
+            row.logits = None
+            row.suspect = row.n
+            row.write(row.n, feed.tokens, np.arange(self._next_cell, self._next_cell + n))
+            self._next_cell += n
+            n_total += n
+            runs.append(Run(row.seq_id, row.n, feed.tokens, feed.wants_logits))
+        n_unique, self._n_unique = self._n_unique, None
+        started = time.perf_counter()
+        code = self.context.decode(runs)
+        self.decode_seconds += time.perf_counter() - started
+        self.n_decodes += 1
+        if code == 0:
+            self.n_tokens_decoded += n_total
+            end = 0
+            for feed in feeds:
+                row = feed.row
+                row.n += len(feed.tokens)
+                end += len(feed.tokens)
+                if feed.wants_logits:
+                    row.logits = end - 1
+                    self._in_buffer.append(row)
+                row.suspect = None
+            self._n_unique = None if n_unique is None else n_unique + n_total
+        elif code in (1, -1):
+            for feed in feeds:
+                feed.row.suspect = None  # memory is as before the call
+            self._n_unique = n_unique
+        else:
+            for feed in feeds:
+                self._keep_what_was_done(feed)
+        return code
+
+    def _keep_what_was_done(self, feed: Feed) -> None:
+        """After a compute failure: micro-batches already done stay; a recurrent state is of no use."""
+        row = feed.row
+        end = self.context.memory.pos_max(row.seq_id)
+        done = 0 if end is None else end + 1 - row.n
+        if self.caps.keeps_state or not 0 <= done <= len(feed.tokens):
+            self.cut(row, 0)
+        else:
+            row.n += done
+            row.suspect = None
+
+    # -- native
+
+    def _spoil(self, row: Row, n_sure: int) -> None:
+        """Before a change: only the first `n_sure` positions are right whatever happens, and the logits are gone."""
+        row.suspect = n_sure if row.suspect is None else min(n_sure, row.suspect)
+        row.logits = None
+        self._n_unique = None
+
+    def _remove(self, seq_id: int, n: int) -> bool:
+        started = time.perf_counter()
+        self.n_operations += 1
+        done = self.context.memory.seq_rm(seq_id, n or None, None)
+        self.operation_seconds += time.perf_counter() - started
+        return done
+
+    def _ends_at(self, row: Row, n: int) -> bool:
+        """Whether llama.cpp agrees that the row has `n` tokens, and still holds what the next one will look at."""
+        end = self.context.memory.pos_max(row.seq_id)
+        if end != (n - 1 if n else None):
+            return False
+        if self.caps.kind is not MemoryKind.WINDOW or not n:
+            return True
+        return (self.context.memory.pos_min(row.seq_id) or 0) <= max(0, n - self.caps.n_swa)

@@ -1,0 +1,147 @@
+"""A model file: loaded, questioned, freed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from ..errors import ModelError, OptionError
+from . import log
+from .template import CHATML, ChatTemplate
+from .vocab import LlamaVocab
+
+
+def _check_file(path: str | os.PathLike[str]) -> Path:
+    try:
+        file = Path(os.fspath(path))
+    except TypeError:
+        raise OptionError(f"the model path must be text or a path, not {path!r}") from None
+    if file.is_dir():
+        raise ModelError(f"{file} is a directory; name a GGUF file in it")
+    try:
+        with file.open("rb") as f:
+            magic = f.read(4)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"cannot read {file}: {getattr(e, 'strerror', None) or e}") from e
+    if magic != b"GGUF":
+        raise ModelError(f"{file} is not a GGUF file: it starts with {magic!r}, not b'GGUF'; convert the model first")
+    return file
+
+
+class Model:
+    """Weights of one model. `handle` is a `llama_model_p`; owned ones are freed by `close`, or at exit."""
+
+    def __init__(self, handle: Any, *, owned: bool, name: str) -> None:
+        self.handle = handle
+        self.name = name
+        pid = os.getpid()
+
+        def free() -> None:
+            if owned and os.getpid() == pid:
+                with log.capture:
+                    llama_cpp.llama_model_free(handle)
+
+        self._finalizer = weakref.finalize(self, free)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, n_gpu_layers: int = -1) -> Model:
+        """Raises ModelError for what is no file, no GGUF, or no model that can chat."""
+        file = _check_file(path)
+        log.install()
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        # With AMX, llama.cpp built by GCC 12 dies in the tile kernels of quantised weights at the first batch of two
+        # (seen with 0.3.36); which compiler built it cannot be asked. f16 and f32 do not go there.
+        if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+            params.use_extra_bufts = False
+        with log.capture as captured:
+            handle = llama_cpp.llama_model_load_from_file(os.fsencode(file), params)
+            detail = captured.last_error
+        if not handle:
+            raise ModelError(f"llama.cpp could not load {file}: {detail or 'no reason given'}")
+        model = cls(handle, owned=True, name=str(file))
+        model._check_it_can_chat()
+        return model
+
+    def _check_it_can_chat(self) -> None:
+        why = None
+        if llama_cpp.llama_model_has_encoder(self.handle) or not llama_cpp.llama_model_has_decoder(self.handle):
+            why = "it has an encoder"
+        elif llama_cpp.llama_model_is_diffusion(self.handle):
+            why = "it is a diffusion model"
+        elif llama_cpp.llama_vocab_type(self.vocab_handle) == 0:
+            why = "it has no vocabulary"
+        if why is not None:
+            self.close()
+            raise ModelError(f"{self.name} cannot chat: {why}; use a decoder-only text model")
+
+    @property
+    def vocab_handle(self) -> Any:
+        return llama_cpp.llama_model_get_vocab(self.handle)
+
+    def meta(self, key: str) -> str | None:
+        """A metadata value as text; `{arch}` in `key` stands for the architecture."""
+        if "{arch}" in key:
+            key = key.replace("{arch}", self.meta("general.architecture") or "")
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, size)
+            if n < 0:
+                return None
+            if n < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = n + 1
+
+    def meta_number(self, key: str) -> float | None:
+        try:
+            return float(self.meta(key) or "")
+        except ValueError:
+            return None
+
+    @property
+    def description(self) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        llama_cpp.llama_model_desc(self.handle, buffer, 256)
+        return buffer.value.decode("utf-8", "replace")
+
+    @property
+    def n_ctx_train(self) -> int:
+        return int(llama_cpp.llama_model_n_ctx_train(self.handle))
+
+    def kv_values_per_token(self) -> int:
+        """Numbers of K and V one token takes over all layers (an upper bound where layers differ)."""
+        n_head = max(1, int(llama_cpp.llama_model_n_head(self.handle)))
+        default = int(llama_cpp.llama_model_n_embd(self.handle)) // n_head
+        k = self.meta_number("{arch}.attention.key_length") or default
+        v = self.meta_number("{arch}.attention.value_length") or default
+        heads = int(llama_cpp.llama_model_n_head_kv(self.handle))
+        return int(llama_cpp.llama_model_n_layer(self.handle) * heads * (k + v))
+
+    def vocab(self) -> LlamaVocab:
+        return LlamaVocab(self.vocab_handle, self.meta("tokenizer.ggml.pre") or "default")
+
+    def template(self, vocab: LlamaVocab, override: str | None = None) -> ChatTemplate:
+        """The chat template: `override`, else the model's own, else ChatML (said in the log)."""
+        text = override
+        if text is None:
+            own = llama_cpp.llama_model_chat_template(self.handle, None)
+            text = bytes(own).decode("utf-8", "replace") if own else None
+        if text is None:
+            log.logger.warning("%s has no chat template; using ChatML. Pass chat_template=... for another", self.name)
+            text = CHATML
+        return ChatTemplate(
+            text,
+            bos="" if vocab.bos is None else vocab.text(vocab.bos),
+            eos="" if vocab.eos is None else vocab.text(vocab.eos),
+        )
+
+    def close(self) -> None:
+        """Free the weights, if they are ours. Again: nothing."""
+        self._finalizer()

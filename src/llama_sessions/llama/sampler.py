@@ -1,0 +1,87 @@
+"""llama.cpp's own samplers over logits that we hold, so that it does not matter who decoded since."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from ..errors import OptionError
+from ..options import SamplingOptions
+from ..types import FloatArray
+
+_N_PENALTY = 64  # tokens of prompt and reply that the penalties look at
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+_RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
+
+
+class Sampler:
+    """One generation's sampler chain: bias, penalties, then greedy, or top-k, top-p, min-p, temperature and a draw.
+
+    `sample` costs what `llama_sampler_sample` costs: one pass over the vocabulary to fill the candidates.
+    """
+
+    def __init__(self, options: SamplingOptions, n_vocab: int) -> None:
+        self._candidates = np.zeros(n_vocab, _CANDIDATE)
+        self._ids = np.arange(n_vocab, dtype=np.int32)
+        self._array = llama_cpp.llama_token_data_array()
+        self._data = ctypes.cast(self._candidates.ctypes.data, ctypes.POINTER(llama_cpp.llama_token_data))
+        self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        weakref.finalize(self, llama_cpp.llama_sampler_free, self._chain)
+        self._stateful = False
+        for sampler in self._samplers(options, n_vocab):
+            llama_cpp.llama_sampler_chain_add(self._chain, sampler)
+
+    def _samplers(self, o: SamplingOptions, n_vocab: int) -> list[Any]:
+        chain: list[Any] = []
+        if o.logit_bias:
+            outside = [token for token in o.logit_bias if token >= n_vocab]
+            if outside:
+                raise OptionError(f"logit_bias names token {outside[0]}, outside the vocabulary of {n_vocab}")
+            biases = (llama_cpp.llama_logit_bias * len(o.logit_bias))(*o.logit_bias.items())
+            chain.append(llama_cpp.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
+        if o.repeat_penalty != 1.0 or o.frequency_penalty or o.presence_penalty:
+            self._stateful = True
+            chain.append(
+                llama_cpp.llama_sampler_init_penalties(
+                    _N_PENALTY, o.repeat_penalty, o.frequency_penalty, o.presence_penalty
+                )
+            )
+        if o.temperature == 0.0:
+            return [*chain, llama_cpp.llama_sampler_init_greedy()]
+        return [
+            *chain,
+            llama_cpp.llama_sampler_init_top_k(o.top_k),
+            llama_cpp.llama_sampler_init_top_p(o.top_p, 1),
+            llama_cpp.llama_sampler_init_min_p(o.min_p, 1),
+            llama_cpp.llama_sampler_init_temp(o.temperature),
+            llama_cpp.llama_sampler_init_dist(_RANDOM_SEED if o.seed is None else o.seed),
+        ]
+
+    def begin(self, prompt: Any) -> None:
+        """Show the penalties the end of the prompt (an int array or list)."""
+        if self._stateful:
+            for token in prompt[-_N_PENALTY:]:
+                llama_cpp.llama_sampler_accept(self._chain, int(token))
+
+    def sample(self, logits: FloatArray) -> int | None:
+        """Draw a token from (n_vocab,) float32 logits and accept it; None if every token is banned."""
+        cur = self._candidates
+        cur["id"] = self._ids
+        cur["logit"] = logits
+        array = self._array
+        array.data, array.size, array.selected, array.sorted = self._data, len(cur), -1, False
+        llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(array))
+        if not 0 <= array.selected < array.size:
+            return None
+        chosen = array.data[array.selected]
+        if not math.isfinite(chosen.logit):
+            return None
+        token = int(chosen.id)
+        if self._stateful:
+            llama_cpp.llama_sampler_accept(self._chain, token)
+        return token

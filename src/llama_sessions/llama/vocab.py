@@ -1,0 +1,157 @@
+"""The vocabulary: text to token ids and back. Nothing here can run llama.cpp's tokenizer out of stack."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import llama_cpp
+import numpy as np
+
+from ..errors import NativeError, OptionError
+from ..types import TokenArray
+
+T = TypeVar("T")
+
+_UNKNOWN, _CONTROL, _LSTRIP, _RSTRIP = 1 << 0, 1 << 3, 1 << 7, 1 << 8  # llama_token_attr
+_BPE = 2  # LLAMA_VOCAB_TYPE_BPE
+
+# Pre-tokenizers that llama.cpp splits by hand-written code. The others go through std::regex, whose recursion grows
+# with the run of one character class (30,000 x "a" with deepseek-llm kills the process: seen with 0.3.36).
+_SPLIT_BY_HAND = frozenset(
+    [
+        "llama3",
+        "llama-v3",
+        "llama-bpe",
+        "falcon3",
+        "falcon-h1",
+        "pixtral",
+        "midm-2.0",
+        "lfm2",
+        "jina-v5-nano",
+        "qwen2",
+        "gpt-2",
+    ]
+)
+_SHALLOW = 400  # characters that any stack survives
+_STACK_BYTES = 512 * 2**20  # reserved, not touched, for the thread that tokenises longer stretches
+_DEEPEST = 200_000  # characters of one run that such a stack survives, with room to spare
+_LONG_RUN = re.compile(rf"\S{{{_DEEPEST}}}|\s{{{_DEEPEST}}}")
+
+
+def _on_a_deep_stack(work: Callable[[], T]) -> T:
+    """Run `work` on a thread with a large stack; its result or its exception is ours."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as e:
+            outcome.append((None, e))
+
+    with _stack_size_lock:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread = threading.Thread(target=run, name="llama-sessions-tokenize")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
+
+
+_stack_size_lock = threading.Lock()  # threading.stack_size is global
+
+
+class LlamaVocab:
+    """Over a `llama_vocab_p`. Token ids are int32; text is encoded as UTF-8."""
+
+    def __init__(self, handle: Any, pre_tokenizer: str = "") -> None:
+        self._handle = handle
+        self.n_tokens = int(llama_cpp.llama_vocab_n_tokens(handle))
+        bos = int(llama_cpp.llama_vocab_bos(handle))
+        eos = int(llama_cpp.llama_vocab_eos(handle))
+        self.bos = None if bos < 0 else bos
+        self.eos = None if eos < 0 else eos
+        self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(handle)) and self.bos is not None
+        self._recursive = int(llama_cpp.llama_vocab_type(handle)) == _BPE and pre_tokenizer not in _SPLIT_BY_HAND
+        self._buffer = np.empty(4096, np.int32)
+        self._pieces: dict[int, bytes] = {}
+        self._strips: dict[int, tuple[bool, bool]] = {}
+        self.control: dict[str, int] = {}
+        get_attr = llama_cpp.llama_vocab_get_attr
+        for token in range(self.n_tokens):
+            attr = get_attr(handle, token)
+            if attr & (_CONTROL | _UNKNOWN):
+                text = self.text(token)
+                if text:
+                    self.control[text] = token
+                    self._strips[token] = (bool(attr & _LSTRIP), bool(attr & _RSTRIP))
+        self.adds_space_prefix = b"".join(map(self.piece, self.tokenize("a"))).startswith(b" ")
+
+    def text(self, token: int) -> str:
+        """The token's own spelling in the vocabulary (not its text in a reply: see `piece`)."""
+        return bytes(llama_cpp.llama_vocab_get_text(self._handle, token)).decode("utf-8", "replace")
+
+    def strips(self, token: int) -> tuple[bool, bool]:
+        """Whether a control token swallows white space on its left, on its right."""
+        return self._strips.get(token, (False, False))
+
+    def is_eog(self, token: int) -> bool:
+        return bool(llama_cpp.llama_vocab_is_eog(self._handle, token))
+
+    def piece(self, token: int) -> bytes:
+        """The token's bytes in running text, control tokens included; kept after the first call."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._piece(token)
+        return piece
+
+    def _piece(self, token: int) -> bytes:
+        if not 0 <= token < self.n_tokens:
+            raise OptionError(f"token {token} is outside the vocabulary of {self.n_tokens}")
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = int(llama_cpp.llama_token_to_piece(self._handle, token, buffer, size, 0, True))
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def tokenize(self, text: str, *, special: bool = False) -> TokenArray:
+        """The ids of `text`, no BOS added. `special`: control tokens spelled in it become those tokens.
+
+        About 0.5 us a byte, in C++. Raises OptionError for text without a UTF-8 form or of 2 GiB and more.
+        """
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise OptionError(f"text holds a lone surrogate at character {e.start}") from None
+        if len(data) >= 2**31 - 1:
+            raise OptionError(f"{len(data)} bytes of text are more than llama.cpp takes at once (2 GiB)")
+        if not self._recursive or len(text) <= _SHALLOW:
+            return self._tokenize(data, special)
+        if not _LONG_RUN.search(text):
+            return _on_a_deep_stack(lambda: self._tokenize(data, special))
+        # No stack is deep enough: such a run is tokenised in pieces, each within what the stack survives.
+        parts = [text[i : i + _DEEPEST].encode() for i in range(0, len(text), _DEEPEST)]
+        pieces = _on_a_deep_stack(lambda: [self._tokenize(part, special) for part in parts])
+        return np.concatenate(pieces)
+
+    def _tokenize(self, data: bytes, special: bool) -> TokenArray:
+        buffer = self._buffer if len(data) + 2 <= len(self._buffer) else np.empty(len(data) + 2, np.int32)
+        while True:
+            into = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            n = int(llama_cpp.llama_tokenize(self._handle, data, len(data), into, len(buffer), False, special))
+            if n >= 0:
+                found: TokenArray = buffer[:n].copy()
+                return found
+            if n == -(2**31):
+                raise NativeError("llama_tokenize", n, "the text has more tokens than an int32 counts")
+            buffer = np.empty(-n, np.int32)

@@ -1,0 +1,465 @@
+"""`ContextManager`: the one place where a Session meets a Row."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .errors import Cancelled, CapacityError, StateError
+from .hooks import Hooks, ReadingOnly
+from .integrity import check
+from .kv.prefix import Prefix
+from .kv.slots import Slots
+from .kv.store import RowStore
+from .loading import Parts, adopt_parts, load_parts
+from .options import LoadOptions, ManagerOptions, checked_bool, checked_int, checked_text
+from .pending import NextToken, Pending, PromptChunk, Work
+from .planner import Planner, check_length
+from .prompts import Conversation, Prompter
+from .render import Renderer
+from .report import Preview, Stats, StepReport, StepResult
+from .seats import Seat, Seats
+from .session import Session
+from .stepper import Stepper
+from .types import Capabilities, FloatArray, TokenArray
+
+logger = logging.getLogger("llama_sessions")
+
+_LATER = ("headroom", "n_sink", "eviction", "overflow", "radix", "idle_park_after_s")
+_NO_TOKENS = np.empty(0, np.int32)
+
+
+class ContextManager:
+    """Many sessions over one llama.cpp context.
+
+    `ContextManager(ctx, vocab)` works over a `llama_context_p` and its `llama_vocab_p` of yours: it is cleared on entry
+    and never freed here. `ContextManager.load(path)` makes a context with the right settings. With n_seq_max 1 there is
+    no slot for the shared system prompt (it is remembered and rendered), with 2 one session beside it.
+
+    Calls may come from any thread and run one at a time; `stats` and `describe` never wait for a decode.
+    Options: see `ManagerOptions`.
+    """
+
+    def __init__(self, ctx: Any, vocab: Any, *, chat_template: str | None = None, **options: Any) -> None:
+        checked = ManagerOptions.build(options)
+        self._start(adopt_parts(ctx, vocab, chat_template), checked, options)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, chat_template: str | None = None, **options: Any) -> ContextManager:
+        """Load a GGUF and make a context for `max_sessions` sessions.
+
+        Options of the context (`LoadOptions`): `n_ctx` (the total shared by all sessions; default: the trained length,
+        at most 8192), `max_sessions=8`, `n_batch=512`, `n_ubatch=512`, `n_threads`, `n_gpu_layers=-1`, `type_k`,
+        `type_v` (ggml types; default f16), `flash_attn="auto"`, `swa_full=True`, `kv_unified=True`; the rest are
+        `ManagerOptions`. Raises OptionError, ModelError, TemplateError; costs the load of the weights.
+        """
+        mine = set(LoadOptions.__dataclass_fields__)
+        load = LoadOptions.build({k: v for k, v in options.items() if k in mine})
+        rest = {k: v for k, v in options.items() if k not in mine}
+        checked = ManagerOptions.build(rest)
+        if chat_template is not None:
+            checked_text("chat_template", chat_template)
+        return cls.over(load_parts(path, load, chat_template, quiet=not checked.log), **rest)
+
+    @classmethod
+    def over(cls, parts: Parts, **options: Any) -> ContextManager:
+        """A manager over ready-made parts: the door for `testing.fake_parts`, and for backends of your own."""
+        self = cls.__new__(cls)
+        self._start(parts, ManagerOptions.build(options), options)
+        return self
+
+    def _start(self, parts: Parts, options: ManagerOptions, given: dict[str, Any]) -> None:
+        caps = parts.context.capabilities
+        self.options = options
+        self.headroom = options.headroom_for(caps.n_ctx_seq)
+        self._parts = parts
+        self._store = RowStore(parts.context)
+        n_reserved = min(2, caps.n_seq_max - 1)  # prefix, then scratch
+        self.slots = Slots(caps.n_seq_max, n_reserved)
+        self.prefix = Prefix(self._store, 0 if n_reserved else None)
+        self._seats = Seats(self._store, self.slots)
+        self._hooks = Hooks()
+        renderer = Renderer(
+            parts.formatter, parts.vocab, no_think=options.no_think, system_fallback=options.system_fallback
+        )
+        self._prompter = Prompter(renderer, self.prefix, self._hooks)
+        self._planner = Planner(self._store, self._seats, self.prefix)
+        self._stepper = Stepper(self._store, self._seats)
+        self._reading_only = ReadingOnly()
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._pid = os.getpid()
+        self._closed = False
+        self._prepare_seconds = 0.0
+        self._n_tokens_reused = 0
+        self._published = self._fresh_stats()
+        for name in _LATER:
+            if name in given:
+                logger.info("option %s is accepted and checked; it takes effect in a later version", name)
+
+    # -- entering
+
+    def _check_alive(self) -> None:
+        if os.getpid() != self._pid:
+            raise StateError(
+                "this manager belongs to the process that made it: llama.cpp's threads do not survive os.fork; "
+                "load the model in the child, or use multiprocessing's 'spawn' start method"
+            )
+        if self._closed:
+            raise StateError("the manager is closed; load the model again")
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """One call at a time; slots of lost sessions come back first; what happened is published at the end."""
+        self._check_alive()
+        self._reading_only.check(threading.get_ident())
+        with self._lock:
+            self._check_alive()
+            self._depth += 1
+            try:
+                self._seats.drain()
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth and not self._closed:
+                    self._published = self._fresh_stats()
+
+    def __enter__(self) -> ContextManager:
+        self._check_alive()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- what it is
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._store.caps
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
+    def n_ctx_seq(self) -> int:
+        """Tokens that one session can have."""
+        return self._store.caps.n_ctx_seq
+
+    @property
+    def vocab(self) -> Any:
+        """The vocabulary: `tokenize(text)`, `piece(token)`, `is_eog(token)`."""
+        return self._parts.vocab
+
+    # -- hooks and the system prompt
+
+    def set_hook(self, name: str, fn: Callable[..., Any]) -> None:
+        """Set `before_encode`, `on_evict`, `sink_fn` or `on_progress`; OptionError for another name."""
+        with self._entered():
+            self._hooks.set(name, fn)
+
+    def clear_hook(self, name: str) -> None:
+        """Remove a hook; OptionError for an unknown name."""
+        with self._entered():
+            self._hooks.clear(name)
+
+    def set_system(self, text: str, *, keep_cache: bool = False) -> int:
+        """Set the system text of every session that has none of its own; returns its tokens in the prefix slot.
+
+        Decodes what differs from the last one. `""` clears it. Without a prefix slot the text is remembered and 0 is
+        returned. Raises ContextOverflow and CapacityError; the old text then stays.
+        """
+        checked_text("the system text", text)
+        checked_bool("keep_cache", keep_cache)
+        with self._entered():
+            if not text:
+                self.prefix.clear()
+                return 0
+            if not self.prefix.has_slot:
+                return self.prefix.set(text, _NO_TOKENS)
+            tokens = self._prompter.renderer.stem(text)
+            check_length(self._store, len(tokens), "the system prompt")
+            return self.prefix.set(text, tokens)
+
+    # -- prepare: begin, then steps
+
+    def begin(self, session: Session, *, holder: object | None = None) -> Pending:
+        """`prepare` without the decoding: render, plan, cut and share. `step` decodes the rest, chunk by chunk.
+
+        Nothing is touched before the plan is whole. Raises ContextOverflow (the session is too long), NoFreeSlot,
+        CapacityError (cells), TemplateError, OptionError; the row is then as before.
+        """
+        started = time.perf_counter()
+        conversation = self._asked(session, holder)
+        with self._entered():
+            store = self._store
+            tokens = self._prompter.tokens(session, conversation)
+            seat = self._true_seat(session, holder)
+            plan = self._planner.plan(seat, session.namespace, tokens, wants_logits=not conversation.is_empty)
+            if seat is None:
+                seat = self._seats.take(session)
+            seat.n_begun += 1
+            stretches = store.apply(seat.row, plan)
+            session.forget_appended()
+            session.n_past = n_reused = seat.row.n
+            self._n_tokens_reused += n_reused
+            pending = Pending(session, tokens, seat.row, seat.n_begun, n_reused, stretches, started)
+            if pending.done:
+                session.last_prepare = pending.report()
+            self._prepare_seconds += time.perf_counter() - started
+            return pending
+
+    def _asked(self, session: Session, holder: object | None) -> Conversation:
+        """The conversation, after `before_encode`: the hook may use the manager, so it runs before the lock and the
+        plan."""
+        self._check_alive()
+        self._reading_only.check(threading.get_ident())
+        self._seats.get(session, holder)
+        return self._prompter.conversation(session)
+
+    def _true_seat(self, session: Session, holder: object | None) -> Seat | None:
+        """The session's seat with a row that is true and of its namespace; the prefix is made true with it."""
+        if self.prefix.row is not None:
+            self._store.reconcile(self.prefix.row)
+        seat = self._seats.get(session, holder)
+        if seat is not None:
+            self._store.reconcile(seat.row)
+            if seat.row.namespace != session.namespace:
+                self._store.cut(seat.row, 0)
+                seat.row.namespace = session.namespace
+        return seat
+
+    def prepare(self, session: Session) -> int:
+        """Bring the row to exactly system prompt + history + reply header, with fresh logits; returns `n_past`.
+
+        Decodes only tokens that neither this row nor another of its namespace holds, in chunks of `n_batch`, asking
+        `on_progress` in between (False raises Cancelled; what was decoded stays). An empty conversation leaves the
+        prefix. Sets `session.n_past` and `session.last_prepare`. Raises what `begin` raises, and DecodeError.
+        """
+        pending = self.begin(session)
+        self.ask_progress(pending)
+        while not pending.done:
+            self.step_one(PromptChunk(pending, self._store.caps.n_batch))
+            self.ask_progress(pending)
+        return session.n_past
+
+    def ask_progress(self, pending: Pending) -> None:
+        """Call `on_progress`; Cancelled if it says no while there is still work."""
+        if not self._hooks.watches_progress:
+            return
+        done, total = pending.row.n, pending.n_tokens
+        thread = threading.get_ident()
+        self._reading_only.enter(thread)
+        try:
+            go_on = self._hooks.on_progress(done, total, pending.session)
+        finally:
+            self._reading_only.leave(thread)
+        if not go_on and done < total:
+            raise Cancelled(f"on_progress returned False at {done} of {total} tokens; prepare again to go on")
+
+    def preview(self, session: Session) -> Preview:
+        """What `prepare` would do now. Renders and plans (and asks `before_encode`); no token is decoded or dropped."""
+        conversation = self._asked(session, None)
+        with self._entered():
+            tokens = self._prompter.tokens(session, conversation)
+            seat = self._true_seat(session, None)
+            wants_logits = not conversation.is_empty
+            most, n = self._store.caps.n_ctx_seq, len(tokens)
+            try:
+                n_to_decode = self._planner.plan(seat, session.namespace, tokens, wants_logits=wants_logits).n_decode
+                fits = True
+            except CapacityError as e:
+                n_to_decode, fits = min(n, e.needed), False
+            return Preview(n_tokens=n, n_to_decode=n_to_decode, fits=fits, n_free=max(0, most - n))
+
+    # -- step
+
+    def step(self, work: Sequence[Work], *, holder: object | None = None) -> StepReport:
+        """One `llama_decode` of any mix of prompt chunks and single tokens, each of another session.
+
+        What cannot go in (no room in the row, no cells) gets its error in the report and is left out; the others are
+        decoded. Raises OptionError for work that is none: an empty step, a session twice, more than `n_batch` tokens.
+        """
+        with self._entered():
+            return self._stepper.step(work, holder)
+
+    def step_one(self, item: Work, *, holder: object | None = None) -> StepResult:
+        """A step of one piece of work; raises its error."""
+        (result,) = self.step((item,), holder=holder).results.values()
+        if result.error is not None:
+            raise result.error
+        return result
+
+    def append(self, session: Session, token: int) -> None:
+        """Decode one token at `n_past`. No room: ContextOverflow (own length) or CapacityError (cells); row unchanged.
+
+        Appended ids stand for the next `session.add_assistant` whose text they spell.
+        """
+        self.step_one(NextToken(session, checked_int("token", token, 0, self._store.caps.n_vocab - 1)))
+
+    # -- reading a row
+
+    def logits(self, session: Session) -> FloatArray:
+        """(n_vocab,) float32, read-only: the logits after the row's last token, until *that* row changes."""
+        with self._entered():
+            seat = self._ready_seat(session)
+            view = self._store.logits(seat.row)
+            if not len(seat.logits):
+                seat.logits = np.empty(len(view), np.float32)
+            np.copyto(seat.logits, view)
+            out: FloatArray = seat.logits.view()
+            out.flags.writeable = False
+            return out
+
+    def sample(self, session: Session, sampler: Any, *, holder: object | None = None) -> int | None:
+        """Let `sampler.sample(logits)` choose from the session's logits, without a copy; None: it found no token."""
+        with self._entered():
+            token: int | None = sampler.sample(self._store.logits(self._ready_seat(session, holder).row))
+            return token
+
+    def _ready_seat(self, session: Session, holder: object | None = None) -> Seat:
+        seat = self._seats.get(session, holder)
+        if seat is None:
+            raise StateError("the session has no row; call prepare first")
+        self._store.reconcile(seat.row)
+        return seat
+
+    def tokens(self, session: Session) -> TokenArray:
+        """(n_past,) int32, read-only copy of the row's token ids, appended ones included."""
+        with self._lock:
+            self._check_alive()
+            seat = self._seats.get(session, reading=True)
+            ids: TokenArray = _NO_TOKENS.copy() if seat is None else seat.row.tokens.copy()
+        ids.flags.writeable = False
+        return ids
+
+    # -- rows as a whole
+
+    def fork(self, session: Session) -> Session:
+        """A branch: the same messages (deep copies) and the same row, its cells shared. Nothing is decoded.
+
+        The branch has the parent's logits. Raises NoFreeSlot. A session without a row gives a branch without one.
+        """
+        with self._entered():
+            seat = self._seats.get(session, reading=True)
+            twin = session.copy()
+            if seat is None:
+                return twin
+            self._store.reconcile(seat.row)
+            child = self._seats.take(twin)
+            if seat.row.n and self._store.share(seat.row, child.row, 0, seat.row.n):
+                if seat.row.logits is not None:
+                    child.row.logits = self._store.logits(seat.row).copy()
+                twin.n_past = child.row.n
+                twin.last_prepare = session.last_prepare
+            return twin
+
+    def release(self, session: Session) -> bool:
+        """Drop the row and give the slot back; False if the session has none. Its messages stay its own."""
+        with self._entered():
+            seat = self._seats.get(session)
+            if seat is None:
+                return False
+            self._seats.leave(session, seat)
+            session.n_past = 0
+            session.forget_appended()
+            return True
+
+    def make_room(self, session: Session, n_needed: int) -> int:
+        """Tokens taken out of the row to make room: none yet, so 0. OptionError for a negative `n_needed`."""
+        checked_int("n_needed", n_needed, 0)
+        with self._entered():
+            self._seats.get(session)
+            return 0
+
+    def clear_radix(self) -> None:
+        """Forget saved KV. Nothing is saved yet."""
+        with self._entered():
+            pass
+
+    def hold(self, session: Session, holder: object) -> None:
+        """Only `holder` may change the session's row until `let_go`. For engines and pools."""
+        with self._entered():
+            seat = self._seats.get(session, holder)
+            if seat is None:
+                seat = self._seats.take(session)
+            seat.holder = holder
+
+    def let_go(self, session: Session, holder: object) -> None:
+        """End a `hold`. Never waits, never raises: it may be called from a finaliser."""
+        for other, seat in self._seats.items():
+            if other is session and seat.holder is holder:
+                seat.holder = None
+
+    # -- looking at it
+
+    def _fresh_stats(self) -> Stats:
+        store, options = self._store, self.options
+        return Stats(
+            slots_total=self.slots.capacity,
+            slots_free=self.slots.n_free,
+            prefix_tokens=self.prefix.n_tokens,
+            prefix_cached=self.prefix.n_tokens > 0,
+            n_sink=options.n_sink,
+            eviction=options.eviction if isinstance(options.eviction, str) else "custom",
+            n_sessions=len(self._seats),
+            n_cells_total=store.caps.n_cells,
+            n_cells_used=sum(row.n for row in store.rows.values()),
+            n_cells_unique=store.n_unique_cells(),
+            n_native_operations=store.n_operations,
+            n_decodes=store.n_decodes,
+            n_tokens_decoded=store.n_tokens_decoded,
+            n_tokens_reused=self._n_tokens_reused,
+            decode_seconds=store.decode_seconds,
+            operation_seconds=store.operation_seconds,
+            prepare_seconds=self._prepare_seconds,
+        )
+
+    def stats(self) -> Stats:
+        """Counters as of the last finished call. Never waits for a decode."""
+        self._check_alive()
+        return self._published
+
+    def describe(self) -> str:
+        """A printable map: slots, cells, and a line for each row. Never waits for a decode."""
+        self._check_alive()
+        s, caps = self._published, self._store.caps
+        cells = "cells of their own" if s.n_cells_total is None else f"of {s.n_cells_total} cells"
+        lines = [
+            f"{caps.model}: {caps.kind.value} memory, {s.slots_total - s.slots_free} of {s.slots_total} slots in use",
+            f"{s.n_cells_unique} {cells} ({s.n_cells_used} with shared ones counted for each row)",
+        ]
+        if self.prefix.row is not None:
+            lines.append(f"  prefix     {self.prefix.n_tokens:6d} tokens")
+        for session, seat in self._seats.items():
+            state = "generating" if seat.holder is not None else "idle"
+            space = "" if seat.row.namespace is None else f" namespace {seat.row.namespace!r}"
+            lines.append(
+                f"  slot {seat.row.seq_id:5d} {seat.row.n:6d} tokens, {len(session.messages)} messages, {state}{space}"
+            )
+        return "\n".join(lines)
+
+    def check_integrity(self) -> None:
+        """Prove that rows, slots, cells and llama.cpp's own positions agree; StateError says what does not."""
+        with self._entered():
+            self._seats.reclaim()
+            for row in list(self._store.rows.values()):
+                self._store.reconcile(row)
+            check(self._store, self.slots, self.prefix, self._seats.seats())
+
+    def close(self) -> None:
+        """Free what is ours: context and model of `load`. Sessions keep their messages. Again: nothing."""
+        if os.getpid() != self._pid or self._closed:
+            return
+        self._reading_only.check(threading.get_ident())
+        with self._lock:
+            self._closed = True
+            self._seats.disown()
+            self._parts.close()

@@ -1,0 +1,156 @@
+"""Marks that travel through a chat template: which text came from which message, and which control text is only text.
+
+The template sees real content: a `Said` is a `str` with the real value, so every test the template makes on it is
+right. Only when it is written out does it carry marks around it, which `render` takes out again. Control-token text
+in untrusted content is replaced by a literal mark before the template sees it and is put back as plain text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+OPEN, BAR, CLOSE, LITERAL, LITERAL_END = (chr(0x10F8D0 + i) for i in range(5))  # private use, plane 16
+MARKS = (OPEN, BAR, CLOSE, LITERAL, LITERAL_END)
+
+
+class Said(str):
+    """Content of a message, with where it stands: index `message`, `start` characters into its content.
+
+    Whatever cuts it (`strip`, `split`, slices) gives a `Said` that knows its place; whatever writes it out (`str()`,
+    `+`, `~`, `join` of a template) writes the marks too.
+    """
+
+    __slots__ = ("message", "start")
+    message: int
+    start: int
+
+    def __new__(cls, text: str, message: int, start: int = 0) -> Said:
+        self = str.__new__(cls, text)
+        self.message, self.start = message, start
+        return self
+
+    def _part(self, a: int, b: int) -> Said:
+        return Said(str.__getitem__(self, slice(a, b)), self.message, self.start + a)
+
+    def __str__(self) -> str:
+        text = "".join((self,))  # the value itself: str(self) is this very method
+        return f"{OPEN}{self.message}:{self.start}{BAR}{text}{CLOSE}" if text else ""
+
+    def __add__(self, other: str) -> str:
+        return str(self) + str(other)
+
+    def __radd__(self, other: str) -> str:
+        return other + str(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+    def __getitem__(self, key: Any) -> str:
+        if isinstance(key, slice) and key.step in (None, 1):
+            a, b, _ = key.indices(len(self))
+            return self._part(a, max(a, b))
+        return str.__getitem__(self, key)
+
+    def strip(self, chars: str | None = None) -> Said:
+        return self.lstrip(chars).rstrip(chars)
+
+    def lstrip(self, chars: str | None = None) -> Said:
+        return self._part(len(self) - len(str.lstrip(self, chars)), len(self))
+
+    def rstrip(self, chars: str | None = None) -> Said:
+        return self._part(0, len(str.rstrip(self, chars)))
+
+    def removeprefix(self, prefix: str) -> Said:
+        return self._part(len(self) - len(str.removeprefix(self, prefix)), len(self))
+
+    def removesuffix(self, suffix: str) -> Said:
+        return self._part(0, len(str.removesuffix(self, suffix)))
+
+    def _parts(self, texts: Iterable[str]) -> Iterator[Said]:
+        at = 0
+        for text in texts:
+            at = str.index(self, text, at)
+            yield self._part(at, at + len(text))
+            at += len(text)
+
+    def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[Said]:  # type: ignore[override]
+        if sep is None:
+            return list(self._parts(str.split(self, None, maxsplit)))
+        return list(self._spaced(str.split(self, sep, maxsplit), len(sep)))
+
+    def rsplit(self, sep: str | None = None, maxsplit: Any = -1) -> list[Said]:  # type: ignore[override]
+        if sep is None:
+            return list(self._parts(str.rsplit(self, None, maxsplit)))
+        return list(self._spaced(str.rsplit(self, sep, maxsplit), len(sep)))
+
+    def _spaced(self, texts: Iterable[str], gap: int) -> Iterator[Said]:
+        at = 0
+        for text in texts:
+            yield self._part(at, at + len(text))
+            at += len(text) + gap
+
+
+def _trie_pattern(words: Iterable[str]) -> str:
+    """A regex for any of `words`, the longest first, that never tries the words one by one."""
+    root: dict[str, Any] = {}
+    for word in words:
+        node = root
+        for char in word:
+            node = node.setdefault(char, {})
+        node[""] = {}
+
+    def pattern(node: dict[str, Any]) -> str:
+        branches = [re.escape(char) + pattern(child) for char, child in sorted(node.items()) if char]
+        if not branches:
+            return ""
+        body = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
+        return body + "?" if "" in node else body
+
+    return pattern(root)
+
+
+class Marker:
+    """Makes content safe for the template and reads the marks of what came out.
+
+    `control`: the text of every control token, with its id.
+    """
+
+    def __init__(self, control: dict[str, int]) -> None:
+        self.control = control
+        self._literals = [*MARKS, *control]
+        self._literal_of = {text: i for i, text in enumerate(self._literals)}
+        words = _trie_pattern(control)
+        self._untrusted = re.compile("|".join([f"[{''.join(MARKS)}]", *([words] if words else [])]))
+        self._marks_only = re.compile(f"[{''.join(MARKS)}]")
+        self.scan = re.compile(
+            f"{OPEN}(?P<index>\\d+):(?P<start>\\d+){BAR}|(?P<close>{CLOSE})|{LITERAL}(?P<literal>\\d+){LITERAL_END}"
+            + (f"|(?P<control>{words})" if words else "|(?P<control>(?!))")
+        )
+
+    def literal(self, number: str) -> str:
+        """The text that a literal mark stands for."""
+        return self._literals[int(number)]
+
+    def restore(self, text: str) -> str:
+        """`text` with its literal marks put back as text."""
+        return re.sub(f"{LITERAL}(\\d+){LITERAL_END}", lambda m: self._literals[int(m[1])], text)
+
+    def defuse(self, text: str, *, trusted: bool = False) -> str:
+        """`text` without control-token text (trusted: control stays) and without characters that look like marks."""
+
+        def mark(m: re.Match[str]) -> str:
+            return f"{LITERAL}{self._literal_of[m[0]]}{LITERAL_END}"
+
+        return (self._marks_only if trusted else self._untrusted).sub(mark, text)
+
+    def defuse_all(self, value: Any) -> Any:
+        """The same for every text inside lists and dicts (tool calls, tool definitions)."""
+        if isinstance(value, str):
+            return self.defuse(value)
+        if isinstance(value, dict):
+            return {self.defuse_all(key): self.defuse_all(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.defuse_all(item) for item in value]
+        return value

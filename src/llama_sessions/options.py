@@ -1,0 +1,243 @@
+"""Options, checked at the door: every bound and every relation is checked here, once, before anything is touched."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from .errors import OptionError
+
+T = TypeVar("T")
+
+
+def checked_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as an int within `[low, high]`, else OptionError. Accepts numpy integers, refuses bools and floats."""
+    if isinstance(value, bool):
+        raise OptionError(f"{name} must be an integer, not {value!r}")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise OptionError(f"{name} must be an integer, not {value!r}") from None
+    if number < low or (high is not None and number > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise OptionError(f"{name} must be {bounds}, not {number}")
+    return number
+
+
+def checked_float(name: str, value: object, low: float, high: float = math.inf) -> float:
+    """`value` as a finite float within `[low, high]`, else OptionError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        try:
+            value = float(value.__float__())  # type: ignore[attr-defined]
+        except (AttributeError, TypeError, ValueError):
+            raise OptionError(f"{name} must be a number, not {value!r}") from None
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high:
+        bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise OptionError(f"{name} must be a finite number {bounds}, not {value!r}")
+    return number
+
+
+def checked_choice(name: str, value: T, choices: Sequence[T]) -> T:
+    if value not in choices or isinstance(value, bool) != isinstance(choices[choices.index(value)], bool):
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    return value
+
+
+def checked_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def checked_text(name: str, value: object) -> str:
+    """`value` as text that has a UTF-8 form, else OptionError."""
+    if not isinstance(value, str):
+        raise OptionError(f"{name} must be text (str), not {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise OptionError(
+            f"{name} holds a lone surrogate at character {e.start} ({value[e.start]!r}), which has no UTF-8 form; "
+            "decode the bytes it came from with errors='replace'"
+        ) from None
+    return value
+
+
+def _build(cls: Callable[..., T], what: str, options: Mapping[str, Any]) -> T:
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            raise OptionError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+    return cls(**options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RadixOptions:
+    """How the cache of saved KV is kept: at most `max_bytes`, runs of at least `min_tokens`, thinned by `policy`."""
+
+    max_bytes: int = 512 * 2**20
+    min_tokens: int = 16
+    policy: str | Callable[..., Any] = "lru"
+
+    def __post_init__(self) -> None:
+        checked_int("max_bytes", self.max_bytes, 1)
+        checked_int("min_tokens", self.min_tokens, 1)
+        if not callable(self.policy):
+            checked_choice("policy", self.policy, ("lru", "lfu", "gdsf"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManagerOptions:
+    """Options of a `ContextManager`. `headroom` None: min(256, n_ctx_seq // 4)."""
+
+    headroom: int | None = None
+    n_sink: int = 4
+    eviction: str | Callable[..., Any] = "message"
+    overflow: str = "shift"
+    no_think: bool = False
+    system_fallback: str | None = None
+    radix: bool | RadixOptions = True
+    idle_park_after_s: float | None = None
+    log: bool = True
+
+    def __post_init__(self) -> None:
+        if self.headroom is not None:
+            checked_int("headroom", self.headroom, 0)
+        checked_int("n_sink", self.n_sink, 0)
+        if not callable(self.eviction):
+            checked_choice("eviction", self.eviction, ("message", "fifo"))
+        checked_choice("overflow", self.overflow, ("shift", "gap", "reprefill"))
+        checked_bool("no_think", self.no_think)
+        checked_choice("system_fallback", self.system_fallback, (None, "user"))
+        if not isinstance(self.radix, bool | RadixOptions):
+            raise OptionError(f"radix must be True, False or RadixOptions(...), not {self.radix!r}")
+        if self.idle_park_after_s is not None:
+            checked_float("idle_park_after_s", self.idle_park_after_s, 0.0)
+        checked_bool("log", self.log)
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any]) -> ManagerOptions:
+        return _build(cls, "option", options)
+
+    def headroom_for(self, n_ctx_seq: int) -> int:
+        """Tokens kept free for the reply."""
+        if self.headroom is None:
+            return min(256, n_ctx_seq // 4)
+        return checked_int("headroom", self.headroom, 0, n_ctx_seq - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """Settings of the llama.cpp context behind `ContextManager.load`. None: llama.cpp's own choice, see `load`."""
+
+    n_ctx: int | None = None
+    max_sessions: int = 8
+    n_batch: int = 512
+    n_ubatch: int = 512
+    n_threads: int | None = None
+    n_gpu_layers: int = -1
+    type_k: int | None = None
+    type_v: int | None = None
+    flash_attn: str | bool = "auto"
+    swa_full: bool = True
+    kv_unified: bool = True
+
+    def __post_init__(self) -> None:
+        # llama.cpp keeps positions and cells in int32; prefix and scratch take two of its 256 sequences.
+        if self.n_ctx is not None:
+            checked_int("n_ctx", self.n_ctx, 1, 2**31 - 256)
+        checked_int("max_sessions", self.max_sessions, 1, 254)
+        checked_int("n_batch", self.n_batch, 1, 2**20)
+        checked_int("n_ubatch", self.n_ubatch, 1, 2**20)
+        if self.n_threads is not None:
+            checked_int("n_threads", self.n_threads, 1, 512)
+        checked_int("n_gpu_layers", self.n_gpu_layers, -1, 2**31 - 1)
+        for name in ("type_k", "type_v"):
+            if getattr(self, name) is not None:
+                checked_int(name, getattr(self, name), 0, 63)
+        if self.flash_attn not in ("auto", True, False):
+            raise OptionError(f"flash_attn must be 'auto', True or False, not {self.flash_attn!r}")
+        checked_bool("swa_full", self.swa_full)
+        checked_bool("kv_unified", self.kv_unified)
+        if self.n_batch < self.n_seq_max:
+            # llama.cpp aborts the process on this one (4 against 18, seen with 0.3.36).
+            raise OptionError(
+                f"n_batch={self.n_batch} is below the {self.n_seq_max} sequences of max_sessions={self.max_sessions} "
+                f"(two are ours: prefix and scratch); raise n_batch to at least {self.n_seq_max}"
+            )
+        if self.n_ctx is not None and self.n_ctx < self.n_seq_max:
+            raise OptionError(
+                f"n_ctx={self.n_ctx} is below the {self.n_seq_max} sequences of max_sessions={self.max_sessions}; "
+                "raise n_ctx: it is the total shared by all sessions"
+            )
+
+    @property
+    def n_seq_max(self) -> int:
+        return self.max_sessions + 2
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any]) -> LoadOptions:
+        return _build(cls, "option", options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """Options of one generation, in llama-cpp-python's words and defaults.
+
+    Penalties look at the last 64 tokens of prompt and reply. `temperature` 0 is greedy. `seed` None: a random one.
+    `logit_bias` maps token ids to what is added to their logit (-inf bans a token). `stop`: texts that end the reply
+    and are not shown.
+    """
+
+    max_tokens: int = 2048
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        checked_int("max_tokens", self.max_tokens, 1)
+        checked_float("temperature", self.temperature, 0.0)
+        checked_int("top_k", self.top_k, 0, 2**31 - 1)
+        checked_float("top_p", self.top_p, 0.0, 1.0)
+        checked_float("min_p", self.min_p, 0.0, 1.0)
+        # 0 would divide by zero inside the sampler.
+        if checked_float("repeat_penalty", self.repeat_penalty, 0.0) == 0.0:
+            raise OptionError("repeat_penalty must be above 0, not 0; 1.0 means none")
+        checked_float("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        checked_float("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        if self.seed is not None:
+            checked_int("seed", self.seed, 0, 2**32 - 2)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise OptionError(f"logit_bias must map token ids to numbers, not {self.logit_bias!r}")
+            for token, bias in self.logit_bias.items():
+                checked_int("a token id in logit_bias", token, 0)
+                if bias != -math.inf:
+                    checked_float(f"logit_bias[{token}]", bias, -math.inf)
+        _ = self.stops
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, none of them empty."""
+        if self.stop is None:
+            return ()
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for stop in stops:
+            if not checked_text("a stop string", stop):
+                raise OptionError("a stop string must not be empty: every text contains it")
+        return stops
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any]) -> SamplingOptions:
+        return _build(cls, "generation option", options)

@@ -1,0 +1,73 @@
+"""Work for `step`: prompts that are being decoded, and single tokens."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from .kv.row import Row
+from .report import PrepareReport, Stretch
+from .session import Session
+from .types import TokenArray
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A `prepare` under way: planned and applied, not decoded yet. Void once the session is begun again.
+
+    `tokens`: (n,) int32, the whole prompt; `n_reused` of them were there already.
+    """
+
+    session: Session
+    tokens: TokenArray
+    row: Row
+    number: int
+    n_reused: int
+    stretches: list[Stretch]
+    started: float = field(default_factory=time.perf_counter)
+    decode_seconds: float = 0.0
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_left(self) -> int:
+        """Tokens still to decode."""
+        return max(0, len(self.tokens) - self.row.n)
+
+    @property
+    def done(self) -> bool:
+        return self.row.n >= len(self.tokens)
+
+    def report(self) -> PrepareReport:
+        n_decoded = len(self.tokens) - self.n_reused
+        stretches = list(self.stretches)
+        if n_decoded:
+            stretches.append(Stretch("decode", self.n_reused, len(self.tokens), self.decode_seconds))
+        return PrepareReport(
+            n_tokens=len(self.tokens),
+            n_reused=self.n_reused,
+            n_decoded=n_decoded,
+            stretches=tuple(stretches),
+            seconds=time.perf_counter() - self.started,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """The next `n_tokens` of a prompt (at most what is left of it)."""
+
+    pending: Pending
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """One token at the end of a session's row."""
+
+    session: Session
+    token: int
+
+
+Work = PromptChunk | NextToken

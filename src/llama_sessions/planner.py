@@ -1,0 +1,45 @@
+"""From what all rows hold now to a plan for one session; asks llama.cpp for live positions, changes nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .errors import ContextOverflow
+from .kv.plan import Plan, Source, make_plan
+from .kv.prefix import Prefix
+from .kv.store import RowStore
+from .seats import Seat, Seats
+from .types import TokenArray
+
+
+class Planner:
+    """Looks at the own row, the prefix, and the live rows of the namespace."""
+
+    def __init__(self, store: RowStore, seats: Seats, prefix: Prefix) -> None:
+        self._store = store
+        self._seats = seats
+        self._prefix = prefix
+
+    def plan(self, seat: Seat | None, namespace: str | None, tokens: TokenArray, *, wants_logits: bool) -> Plan:
+        """Raises ContextOverflow where the prompt is longer than a row can be, CapacityError where cells are short."""
+        store = self._store
+        check_length(store, len(tokens), "the conversation")
+        row = None if seat is None else seat.row
+        own = Source("row", -1, np.empty(0, np.int32)) if row is None else store.source(row, "row")
+        others = []
+        if self._prefix.row is not None and self._prefix.row.n:
+            others.append(store.source(self._prefix.row, "prefix"))
+        for live in (other.row for other in self._seats.seats()):
+            if live is not row and live.n and live.suspect is None and live.namespace == namespace:
+                others.append(store.source(live, "live"))
+        has_logits = row is not None and row.logits is not None
+        plan = make_plan(tokens, own, others, store.caps, has_logits=has_logits, wants_logits=wants_logits)
+        store.need_cells(plan.n_decode, row, plan.n_keep)
+        return plan
+
+
+def check_length(store: RowStore, n: int, what: str) -> None:
+    """ContextOverflow if `n` tokens are more than one row can hold."""
+    most = store.caps.n_row_max
+    if most is not None and n > most:
+        raise ContextOverflow(what, needed=n, available=most)

@@ -1,0 +1,147 @@
+"""What happened: frozen records that the manager and the engine hand out. All spans are half-open token ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .session import Session
+    from .types import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Where the tokens `[p0, p1)` of a prepared row came from.
+
+    `source`: "row" (were there), "prefix" (shared with the system prompt), "live" (shared with another session),
+    "decode" (computed).
+    """
+
+    source: str
+    p0: int
+    p1: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.source} [{self.p0}, {self.p1}) {self.seconds * 1e3:.1f} ms"
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReport:
+    """One `prepare`: `n_tokens == n_reused + n_decoded`. `exact`: the KV equals a fresh prefill's."""
+
+    n_tokens: int
+    n_reused: int
+    n_decoded: int
+    stretches: tuple[Stretch, ...]
+    seconds: float
+    n_evicted: int = 0
+    dropped: tuple[Message, ...] = ()
+    exact: bool = True
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_tokens} tokens: {self.n_reused} reused, {self.n_decoded} decoded in {self.seconds * 1e3:.1f} ms"
+            f" ({', '.join(map(str, self.stretches)) or 'nothing to do'})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What `prepare` would do. `n_free`: tokens that the session could still grow by afterwards."""
+
+    n_tokens: int
+    n_to_decode: int
+    fits: bool
+    n_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one session got out of a step: tokens decoded, or the error that kept it out; `done`: logits are ready."""
+
+    n_decoded: int
+    done: bool
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One `llama_decode`: a result for each session of the batch, and its wall time."""
+
+    results: dict[Session, StepResult]
+    n_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RadixStats:
+    """The cache of saved KV; hits and misses are counted in tokens."""
+
+    n_hit_tokens: int = 0
+    n_miss_tokens: int = 0
+    n_bytes: int = 0
+    n_nodes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The manager's counters; a snapshot as of the last finished step.
+
+    Slots count sessions only. `n_cells_used` sums the tokens of all rows, `n_cells_unique` counts a shared cell once;
+    `n_cells_total` None: each row has cells of its own (or needs none). Native operations are `llama_memory_seq_*`
+    calls that change something.
+    """
+
+    slots_total: int
+    slots_free: int
+    prefix_tokens: int
+    prefix_cached: bool
+    n_sink: int
+    eviction: str
+    n_evictions: int = 0
+    n_tokens_evicted: int = 0
+    radix: RadixStats = field(default_factory=RadixStats)
+    n_sessions: int = 0
+    n_cells_total: int | None = None
+    n_cells_used: int = 0
+    n_cells_unique: int = 0
+    n_native_operations: int = 0
+    n_decodes: int = 0
+    n_tokens_decoded: int = 0
+    n_tokens_reused: int = 0
+    decode_seconds: float = 0.0
+    operation_seconds: float = 0.0
+    prepare_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A finished reply.
+
+    `tokens`: sampled ids without end-of-generation. `stop_reason`: "stop" (the model ended it), "length",
+    "stop_string", "cancelled". `n_prompt` = `n_reused` + `n_decoded`. Times are wall-clock seconds from the call.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    stop_reason: str
+    n_prompt: int
+    n_reused: int
+    n_decoded: int
+    n_generated: int
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One sampled token and the text it made visible (maybe none). The last one carries the `reply`.
+
+    `token` None: no token belongs to it (a reply that was cancelled).
+    """
+
+    text: str
+    token: int | None
+    reply: Reply | None = None

@@ -1,0 +1,109 @@
+"""Which session has which row. Sessions are held weakly: one that is gone gives its slot back at the next call."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import OptionError, StateError
+from .kv.row import Row
+from .kv.slots import Slots
+from .kv.store import RowStore
+from .session import Session
+from .types import FloatArray
+
+# Which manager a session with a row belongs to; a session without a row belongs to nobody.
+_owners: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """What a manager keeps for one session. `holder`: the engine or pool that is generating for it."""
+
+    row: Row
+    finalizer: Any
+    n_begun: int = 0  # which `begin` is the last one; an older Pending is void
+    holder: object | None = None
+    logits: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+class Seats:
+    """Sessions, their rows, and the slots behind them."""
+
+    def __init__(self, store: RowStore, slots: Slots) -> None:
+        self._store = store
+        self._slots = slots
+        self._seats: weakref.WeakKeyDictionary[Session, Seat] = weakref.WeakKeyDictionary()
+        self._left: deque[int] = deque()
+
+    def __len__(self) -> int:
+        return len(self._seats)
+
+    def seats(self) -> list[Seat]:
+        return list(self._seats.values())
+
+    def items(self) -> list[tuple[Session, Seat]]:
+        return list(self._seats.items())
+
+    def get(self, session: Session, holder: object | None = None, *, reading: bool = False) -> Seat | None:
+        """The session's seat, if it has one.
+
+        StateError for a session of another manager, and, unless only `reading`, for one that somebody else holds.
+        """
+        if not isinstance(session, Session):
+            raise OptionError(f"a Session is wanted, not {session!r}")
+        owner = _owners.get(session)
+        if owner is not None and owner != id(self):
+            raise StateError("the session belongs to another manager; release it there, or fork its messages")
+        seat = self._seats.get(session)
+        if seat is not None and not reading and seat.holder not in (None, holder):
+            raise StateError("the session is generating; finish or close its stream first")
+        return seat
+
+    def take(self, session: Session) -> Seat:
+        """A seat with an empty row; NoFreeSlot where all slots are in use."""
+        if not self._slots.n_free:
+            self.reclaim()
+        seq_id = self._slots.acquire()
+        # The finaliser may run in the middle of anything: it only leaves a note.
+        finalizer = weakref.finalize(session, self._left.append, seq_id)
+        finalizer.atexit = False
+        seat = self._seats[session] = Seat(self._store.add(seq_id, session.namespace), finalizer)
+        _owners[session] = id(self)
+        return seat
+
+    def leave(self, session: Session, seat: Seat) -> None:
+        """Drop the row and give the slot back."""
+        seat.finalizer.detach()
+        del self._seats[session]
+        self._free(seat.row.seq_id)
+        _owners.pop(session, None)
+
+    def drain(self) -> None:
+        """Give back the slots of sessions that are gone."""
+        while self._left:
+            self._free(self._left.popleft())
+
+    def reclaim(self) -> None:
+        """Give back slots that an interrupt left without an owner."""
+        self.drain()
+        for seq_id in self._slots.used() - {seat.row.seq_id for seat in self._seats.values()}:
+            self._free(seq_id)
+
+    def _free(self, seq_id: int) -> None:
+        row = self._store.rows.get(seq_id)
+        if row is not None:
+            self._store.remove(row)
+        self._slots.release(seq_id)
+
+    def disown(self) -> None:
+        """At close: the sessions may go to another manager."""
+        for session, seat in self.items():
+            seat.finalizer.detach()
+            _owners.pop(session, None)
+            session.n_past = 0
+        self._seats.clear()

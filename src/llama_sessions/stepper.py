@@ -1,0 +1,118 @@
+"""A step: pieces of work of several sessions into one `llama_decode`, and what came of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import CapacityError, DecodeError, LlamaSessionsError, OptionError, StateError
+from .kv.store import Feed, RowStore, no_cells
+from .options import checked_int
+from .pending import NextToken, PromptChunk, Work
+from .planner import check_length
+from .report import StepReport, StepResult
+from .seats import Seats
+from .session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A piece of work that goes into the batch."""
+
+    work: Work
+    session: Session
+    feed: Feed
+
+
+class Stepper:
+    """Admits, decodes, books."""
+
+    def __init__(self, store: RowStore, seats: Seats) -> None:
+        self._store = store
+        self._seats = seats
+
+    def step(self, work: Sequence[Work], holder: object | None) -> StepReport:
+        store = self._store
+        self._check(work)
+        results: dict[Session, StepResult] = {}
+        tasks: list[_Task] = []
+        free = store.n_free_cells()
+        for item in work:
+            session = item.pending.session if isinstance(item, PromptChunk) else item.session
+            try:
+                feed = self._feed(item, session, holder)
+                if free is not None:
+                    if len(feed.tokens) > free:
+                        raise no_cells(len(feed.tokens), free, store.caps)
+                    free -= len(feed.tokens)
+                tasks.append(_Task(item, session, feed))
+            except LlamaSessionsError as e:
+                results[session] = StepResult(0, False, e)
+        started = time.perf_counter()
+        code = store.decode([task.feed for task in tasks]) if tasks else 0
+        seconds = time.perf_counter() - started
+        for task in tasks:
+            results[task.session] = self._settle(task, code, seconds)
+        return StepReport(results, sum(r.n_decoded for r in results.values()), seconds)
+
+    def _check(self, work: Sequence[Work]) -> None:
+        """OptionError for work that is none."""
+        if not work:
+            raise OptionError("a step needs at least one piece of work")
+        n_tokens, sessions = 0, set()
+        for item in work:
+            if isinstance(item, PromptChunk):
+                n_tokens += min(checked_int("n_tokens", item.n_tokens, 1), item.pending.n_left)
+                sessions.add(item.pending.session)
+            elif isinstance(item, NextToken):
+                checked_int("token", item.token, 0, self._store.caps.n_vocab - 1)
+                n_tokens += 1
+                sessions.add(item.session)
+            else:
+                raise OptionError(f"a step takes PromptChunk and NextToken, not {item!r}")
+        if len(sessions) < len(work):
+            raise OptionError("a session may be in a step only once")
+        if n_tokens > self._store.caps.n_batch:
+            raise OptionError(f"{n_tokens} tokens are more than n_batch={self._store.caps.n_batch} takes in one step")
+
+    def _feed(self, item: Work, session: Session, holder: object | None) -> Feed:
+        """The tokens that go in for one session; raises what keeps them out."""
+        seat = self._seats.get(session, holder)
+        if seat is None:
+            raise StateError("the session has no row; call prepare first")
+        row = seat.row
+        self._store.reconcile(row)
+        session.n_past = row.n
+        if isinstance(item, PromptChunk):
+            pending = item.pending
+            if pending.number != seat.n_begun or pending.row is not row:
+                raise StateError("this Pending is void: the session was begun again")
+            tokens = pending.tokens[row.n : row.n + item.n_tokens]
+            if not len(tokens):
+                raise StateError("this Pending is done; nothing is left to decode")
+            return Feed(row, tokens, wants_logits=len(tokens) == pending.n_left)
+        if not row.n:
+            raise StateError("nothing is prepared; call prepare first")
+        check_length(self._store, row.n + 1, "one token more")
+        return Feed(row, np.array([item.token], np.int32), wants_logits=True)
+
+    def _settle(self, task: _Task, code: int, seconds: float) -> StepResult:
+        """Book what a decode did for one session."""
+        session, feed, item = task.session, task.feed, task.work
+        session.n_past = feed.row.n
+        if code == 1:
+            message = f"llama.cpp found no room for {len(feed.tokens)} tokens; release a session or raise n_ctx"
+            return StepResult(0, False, CapacityError(message, needed=len(feed.tokens), available=0, unit="cells"))
+        if code != 0:
+            message = "the row keeps what was decoded; prepare again"
+            return StepResult(0, False, DecodeError("llama_decode", code, message, self._store.context.last_error))
+        if isinstance(item, NextToken):
+            session.note_appended(item.token)
+            return StepResult(1, True)
+        item.pending.decode_seconds += seconds
+        if item.pending.done:
+            session.last_prepare = item.pending.report()
+        return StepResult(len(feed.tokens), item.pending.done)

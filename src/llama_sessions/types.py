@@ -1,0 +1,131 @@
+"""Words shared by all layers: what a context can do, and the protocols behind which llama.cpp stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+TokenArray: TypeAlias = npt.NDArray[np.int32]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+Message: TypeAlias = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class MemoryKind(str, Enum):
+    """What a model keeps per sequence; decides which moves are right."""
+
+    FULL = "full"  # attention over everything
+    WINDOW = "window"  # some layers see only the last n_swa tokens
+    RECURRENT = "recurrent"  # one state a sequence
+    HYBRID = "hybrid"  # attention and recurrent layers
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What this context can do, read from llama.cpp after its creation.
+
+    `n_ctx`: KV cells in all (one sequence's, times the streams, where not unified); `n_ctx_seq`: tokens one session
+    can hold; `n_swa`: window in tokens, 0 without one; `n_cells`: cells that all rows share (None: each row has its
+    own); `kv_bytes_per_token`: bytes of K and V one token takes, 0 where that is not proportional.
+    """
+
+    kind: MemoryKind
+    unified: bool
+    n_ctx: int
+    n_ctx_seq: int
+    n_ctx_train: int
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+    n_vocab: int
+    n_swa: int
+    swa_full: bool
+    can_shift: bool
+    shift_refused_because: str
+    kv_bytes_per_token: int
+    model: str
+
+    @property
+    def n_cells(self) -> int | None:
+        return self.n_ctx if self.unified and self.kind is not MemoryKind.RECURRENT else None
+
+    @property
+    def trims_any_tail(self) -> bool:
+        """Whether a row may be cut at any length without a look at what is still there."""
+        return self.kind is MemoryKind.FULL
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether part of the memory is a state that cannot go back."""
+        return self.kind in (MemoryKind.RECURRENT, MemoryKind.HYBRID)
+
+    @property
+    def n_row_max(self) -> int | None:
+        """Most tokens a row can hold; None where nothing stops it."""
+        return None if self.kind is MemoryKind.RECURRENT else self.n_ctx_seq
+
+
+class Memory(Protocol):
+    """llama.cpp's memory of one context. Ranges are half-open `[p0, p1)` in positions; None is an open end."""
+
+    def seq_rm(self, seq_id: int, p0: int | None = None, p1: int | None = None) -> bool: ...
+    def seq_cp(self, src: int, dst: int, p0: int | None = None, p1: int | None = None) -> None: ...
+    def seq_add(self, seq_id: int, p0: int | None, p1: int | None, delta: int) -> None: ...
+    def pos_min(self, seq_id: int) -> int | None: ...
+    def pos_max(self, seq_id: int) -> int | None: ...
+    def clear(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tokens for one sequence in a batch: positions `pos .. pos + len(tokens)`."""
+
+    seq_id: int
+    pos: int
+    tokens: TokenArray
+    wants_logits: bool  # of its last token
+
+
+class Context(Protocol):
+    """A llama.cpp context, or something that behaves like one (`testing.FakeContext`)."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+    @property
+    def memory(self) -> Memory: ...
+    @property
+    def last_error(self) -> str: ...
+    def decode(self, runs: Sequence[Run]) -> int: ...
+    def logits(self, index: int) -> FloatArray: ...
+    def close(self) -> None: ...
+
+
+class Vocab(Protocol):
+    """Tokens and their text. `control` maps each control token's text to its id."""
+
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def adds_bos(self) -> bool: ...
+    @property
+    def adds_space_prefix(self) -> bool: ...
+    @property
+    def control(self) -> dict[str, int]: ...
+    def strips(self, token: int) -> tuple[bool, bool]: ...
+    def tokenize(self, text: str, *, special: bool = False) -> TokenArray: ...
+    def piece(self, token: int) -> bytes: ...
+    def is_eog(self, token: int) -> bool: ...
+
+
+class Formatter(Protocol):
+    """Renders messages to text (a chat template)."""
+
+    def render(self, messages: Sequence[Message], *, reply_header: bool = True, **variables: Any) -> str: ...

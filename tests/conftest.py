@@ -39,8 +39,11 @@ def every_manager_adds_up() -> Iterator[None]:
 def load() -> Callable[..., ContextManager]:
     """Load a test model by name with a small context: `load("llama-bpe", n_ctx=512)`."""
 
-    def open_model(name: str = "llama-bpe", /, *, model: dict[str, Any] | None = None, **options: Any) -> ContextManager:
-        settings: dict[str, Any] = {"n_ctx": 1024, "max_sessions": 4, "n_threads": 1, "n_batch": 256, **options}
+    def open_model(
+        name: str = "llama-bpe", /, *, model: dict[str, Any] | None = None, **options: Any
+    ) -> ContextManager:
+        settings: dict[str, Any] = {"n_ctx": 1024, "max_sessions": 4, "n_threads": 1, "n_batch": 256}
+        settings.update(options)
         return ContextManager.load(model_path(name, **(model or {})), **settings)
 
     return open_model

@@ -7,6 +7,7 @@ spread that splits alone give on that model: `spread`.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+
+logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)  # the oracle's own models load in silence
 
 Floats = npt.NDArray[np.float32]
 
@@ -81,7 +84,7 @@ class Oracle:
         expected = self.logits(tokens)
         bound = 2 * max(self.spread(tokens), 1e-3)
         worst = float(np.abs(np.asarray(logits) - expected).max())
-        assert worst <= bound, f"logits are off by {worst:.4f} after {len(tokens)} tokens; splits alone: {bound / 2:.4f}"
+        assert worst <= bound, f"off by {worst:.4f} after {len(tokens)} tokens; splits alone: {bound / 2:.4f}"
 
 
 @lru_cache(maxsize=16)

@@ -29,9 +29,12 @@ class Planner:
         others = []
         if self._prefix.row is not None and self._prefix.row.n:
             others.append(store.source(self._prefix.row, "prefix"))
-        for live in (other.row for other in self._seats.seats()):
-            if live is not row and live.n and live.suspect is None and live.namespace == namespace:
-                others.append(store.source(live, "live"))
+        rows = [other.row for other in self._seats.seats() if other.row is not row]
+        others += [
+            store.source(live, "live")
+            for live in rows
+            if live.n and live.suspect is None and live.namespace == namespace
+        ]
         has_logits = row is not None and row.logits is not None
         plan = make_plan(tokens, own, others, store.caps, has_logits=has_logits, wants_logits=wants_logits)
         store.need_cells(plan.n_decode, row, plan.n_keep)

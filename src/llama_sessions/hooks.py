@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .errors import OptionError, StateError
+from .errors import OptionError
 from .session import Session
 from .types import Message
 
@@ -54,20 +54,3 @@ class Hooks:
     @property
     def watches_progress(self) -> bool:
         return "on_progress" in self._hooks
-
-
-class ReadingOnly:
-    """Marks the thread that is inside `on_progress`, where the manager may be read but not changed."""
-
-    def __init__(self) -> None:
-        self._threads: set[int] = set()
-
-    def enter(self, thread: int) -> None:
-        self._threads.add(thread)
-
-    def leave(self, thread: int) -> None:
-        self._threads.discard(thread)
-
-    def check(self, thread: int) -> None:
-        if thread in self._threads:
-            raise StateError("from on_progress the manager may only be read; return False to cancel")

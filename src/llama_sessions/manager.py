@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from .entry import Entry
 from .errors import Cancelled, CapacityError, StateError
-from .hooks import Hooks, ReadingOnly
+from .hooks import Hooks
 from .integrity import check
 from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .kv.store import RowStore
 from .loading import Parts, adopt_parts, load_parts
 from .options import LoadOptions, ManagerOptions, checked_bool, checked_int, checked_text
+from .overview import Overview
 from .pending import NextToken, Pending, PromptChunk, Work
 from .planner import Planner, check_length
 from .prompts import Conversation, Prompter
@@ -60,9 +60,7 @@ class ContextManager:
         `type_v` (ggml types; default f16), `flash_attn="auto"`, `swa_full=True`, `kv_unified=True`; the rest are
         `ManagerOptions`. Raises OptionError, ModelError, TemplateError; costs the load of the weights.
         """
-        mine = set(LoadOptions.__dataclass_fields__)
-        load = LoadOptions.build({k: v for k, v in options.items() if k in mine})
-        rest = {k: v for k, v in options.items() if k not in mine}
+        load, rest = LoadOptions.split(options)
         checked = ManagerOptions.build(rest)
         if chat_template is not None:
             checked_text("chat_template", chat_template)
@@ -92,47 +90,15 @@ class ContextManager:
         self._prompter = Prompter(renderer, self.prefix, self._hooks)
         self._planner = Planner(self._store, self._seats, self.prefix)
         self._stepper = Stepper(self._store, self._seats)
-        self._reading_only = ReadingOnly()
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._pid = os.getpid()
-        self._closed = False
-        self._prepare_seconds = 0.0
-        self._n_tokens_reused = 0
-        self._published = self._fresh_stats()
+        self._overview = Overview(self._store, self.slots, self.prefix, self._seats, options)
+        self._overview.publish()
+        self._entry = Entry(self._seats.drain, self._overview.publish, quiet=not options.log)
         for name in _LATER:
             if name in given:
                 logger.info("option %s is accepted and checked; it takes effect in a later version", name)
 
-    # -- entering
-
-    def _check_alive(self) -> None:
-        if os.getpid() != self._pid:
-            raise StateError(
-                "this manager belongs to the process that made it: llama.cpp's threads do not survive os.fork; "
-                "load the model in the child, or use multiprocessing's 'spawn' start method"
-            )
-        if self._closed:
-            raise StateError("the manager is closed; load the model again")
-
-    @contextmanager
-    def _entered(self) -> Iterator[None]:
-        """One call at a time; slots of lost sessions come back first; what happened is published at the end."""
-        self._check_alive()
-        self._reading_only.check(threading.get_ident())
-        with self._lock:
-            self._check_alive()
-            self._depth += 1
-            try:
-                self._seats.drain()
-                yield
-            finally:
-                self._depth -= 1
-                if not self._depth and not self._closed:
-                    self._published = self._fresh_stats()
-
     def __enter__(self) -> ContextManager:
-        self._check_alive()
+        self._entry.check()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -146,7 +112,7 @@ class ContextManager:
 
     @property
     def is_closed(self) -> bool:
-        return self._closed
+        return self._entry.closed
 
     @property
     def n_ctx_seq(self) -> int:
@@ -162,12 +128,12 @@ class ContextManager:
 
     def set_hook(self, name: str, fn: Callable[..., Any]) -> None:
         """Set `before_encode`, `on_evict`, `sink_fn` or `on_progress`; OptionError for another name."""
-        with self._entered():
+        with self._entry.changing():
             self._hooks.set(name, fn)
 
     def clear_hook(self, name: str) -> None:
         """Remove a hook; OptionError for an unknown name."""
-        with self._entered():
+        with self._entry.changing():
             self._hooks.clear(name)
 
     def set_system(self, text: str, *, keep_cache: bool = False) -> int:
@@ -178,7 +144,7 @@ class ContextManager:
         """
         checked_text("the system text", text)
         checked_bool("keep_cache", keep_cache)
-        with self._entered():
+        with self._entry.changing():
             if not text:
                 self.prefix.clear()
                 return 0
@@ -198,7 +164,7 @@ class ContextManager:
         """
         started = time.perf_counter()
         conversation = self._asked(session, holder)
-        with self._entered():
+        with self._entry.changing():
             store = self._store
             tokens = self._prompter.tokens(session, conversation)
             seat = self._true_seat(session, holder)
@@ -209,18 +175,17 @@ class ContextManager:
             stretches = store.apply(seat.row, plan)
             session.forget_appended()
             session.n_past = n_reused = seat.row.n
-            self._n_tokens_reused += n_reused
+            self._overview.n_tokens_reused += n_reused
             pending = Pending(session, tokens, seat.row, seat.n_begun, n_reused, stretches, started)
             if pending.done:
                 session.last_prepare = pending.report()
-            self._prepare_seconds += time.perf_counter() - started
+            self._overview.prepare_seconds += time.perf_counter() - started
             return pending
 
     def _asked(self, session: Session, holder: object | None) -> Conversation:
         """The conversation, after `before_encode`: the hook may use the manager, so it runs before the lock and the
         plan."""
-        self._check_alive()
-        self._reading_only.check(threading.get_ident())
+        self._entry.check_may_change()
         self._seats.get(session, holder)
         return self._prompter.conversation(session)
 
@@ -255,19 +220,15 @@ class ContextManager:
         if not self._hooks.watches_progress:
             return
         done, total = pending.row.n, pending.n_tokens
-        thread = threading.get_ident()
-        self._reading_only.enter(thread)
-        try:
+        with self._entry.only_reading():
             go_on = self._hooks.on_progress(done, total, pending.session)
-        finally:
-            self._reading_only.leave(thread)
         if not go_on and done < total:
             raise Cancelled(f"on_progress returned False at {done} of {total} tokens; prepare again to go on")
 
     def preview(self, session: Session) -> Preview:
         """What `prepare` would do now. Renders and plans (and asks `before_encode`); no token is decoded or dropped."""
         conversation = self._asked(session, None)
-        with self._entered():
+        with self._entry.changing():
             tokens = self._prompter.tokens(session, conversation)
             seat = self._true_seat(session, None)
             wants_logits = not conversation.is_empty
@@ -287,7 +248,7 @@ class ContextManager:
         What cannot go in (no room in the row, no cells) gets its error in the report and is left out; the others are
         decoded. Raises OptionError for work that is none: an empty step, a session twice, more than `n_batch` tokens.
         """
-        with self._entered():
+        with self._entry.changing():
             return self._stepper.step(work, holder)
 
     def step_one(self, item: Work, *, holder: object | None = None) -> StepResult:
@@ -308,7 +269,7 @@ class ContextManager:
 
     def logits(self, session: Session) -> FloatArray:
         """(n_vocab,) float32, read-only: the logits after the row's last token, until *that* row changes."""
-        with self._entered():
+        with self._entry.changing():
             seat = self._ready_seat(session)
             view = self._store.logits(seat.row)
             if not len(seat.logits):
@@ -320,7 +281,7 @@ class ContextManager:
 
     def sample(self, session: Session, sampler: Any, *, holder: object | None = None) -> int | None:
         """Let `sampler.sample(logits)` choose from the session's logits, without a copy; None: it found no token."""
-        with self._entered():
+        with self._entry.changing():
             token: int | None = sampler.sample(self._store.logits(self._ready_seat(session, holder).row))
             return token
 
@@ -333,8 +294,7 @@ class ContextManager:
 
     def tokens(self, session: Session) -> TokenArray:
         """(n_past,) int32, read-only copy of the row's token ids, appended ones included."""
-        with self._lock:
-            self._check_alive()
+        with self._entry.reading():
             seat = self._seats.get(session, reading=True)
             ids: TokenArray = _NO_TOKENS.copy() if seat is None else seat.row.tokens.copy()
         ids.flags.writeable = False
@@ -347,7 +307,7 @@ class ContextManager:
 
         The branch has the parent's logits. Raises NoFreeSlot. A session without a row gives a branch without one.
         """
-        with self._entered():
+        with self._entry.changing():
             seat = self._seats.get(session, reading=True)
             twin = session.copy()
             if seat is None:
@@ -363,7 +323,7 @@ class ContextManager:
 
     def release(self, session: Session) -> bool:
         """Drop the row and give the slot back; False if the session has none. Its messages stay its own."""
-        with self._entered():
+        with self._entry.changing():
             seat = self._seats.get(session)
             if seat is None:
                 return False
@@ -375,18 +335,18 @@ class ContextManager:
     def make_room(self, session: Session, n_needed: int) -> int:
         """Tokens taken out of the row to make room: none yet, so 0. OptionError for a negative `n_needed`."""
         checked_int("n_needed", n_needed, 0)
-        with self._entered():
+        with self._entry.changing():
             self._seats.get(session)
             return 0
 
     def clear_radix(self) -> None:
         """Forget saved KV. Nothing is saved yet."""
-        with self._entered():
+        with self._entry.changing():
             pass
 
     def hold(self, session: Session, holder: object) -> None:
         """Only `holder` may change the session's row until `let_go`. For engines and pools."""
-        with self._entered():
+        with self._entry.changing():
             seat = self._seats.get(session, holder)
             if seat is None:
                 seat = self._seats.take(session)
@@ -400,55 +360,19 @@ class ContextManager:
 
     # -- looking at it
 
-    def _fresh_stats(self) -> Stats:
-        store, options = self._store, self.options
-        return Stats(
-            slots_total=self.slots.capacity,
-            slots_free=self.slots.n_free,
-            prefix_tokens=self.prefix.n_tokens,
-            prefix_cached=self.prefix.n_tokens > 0,
-            n_sink=options.n_sink,
-            eviction=options.eviction if isinstance(options.eviction, str) else "custom",
-            n_sessions=len(self._seats),
-            n_cells_total=store.caps.n_cells,
-            n_cells_used=sum(row.n for row in store.rows.values()),
-            n_cells_unique=store.n_unique_cells(),
-            n_native_operations=store.n_operations,
-            n_decodes=store.n_decodes,
-            n_tokens_decoded=store.n_tokens_decoded,
-            n_tokens_reused=self._n_tokens_reused,
-            decode_seconds=store.decode_seconds,
-            operation_seconds=store.operation_seconds,
-            prepare_seconds=self._prepare_seconds,
-        )
-
     def stats(self) -> Stats:
         """Counters as of the last finished call. Never waits for a decode."""
-        self._check_alive()
-        return self._published
+        self._entry.check()
+        return self._overview.stats()
 
     def describe(self) -> str:
         """A printable map: slots, cells, and a line for each row. Never waits for a decode."""
-        self._check_alive()
-        s, caps = self._published, self._store.caps
-        cells = "cells of their own" if s.n_cells_total is None else f"of {s.n_cells_total} cells"
-        lines = [
-            f"{caps.model}: {caps.kind.value} memory, {s.slots_total - s.slots_free} of {s.slots_total} slots in use",
-            f"{s.n_cells_unique} {cells} ({s.n_cells_used} with shared ones counted for each row)",
-        ]
-        if self.prefix.row is not None:
-            lines.append(f"  prefix     {self.prefix.n_tokens:6d} tokens")
-        for session, seat in self._seats.items():
-            state = "generating" if seat.holder is not None else "idle"
-            space = "" if seat.row.namespace is None else f" namespace {seat.row.namespace!r}"
-            lines.append(
-                f"  slot {seat.row.seq_id:5d} {seat.row.n:6d} tokens, {len(session.messages)} messages, {state}{space}"
-            )
-        return "\n".join(lines)
+        self._entry.check()
+        return self._overview.describe()
 
     def check_integrity(self) -> None:
         """Prove that rows, slots, cells and llama.cpp's own positions agree; StateError says what does not."""
-        with self._entered():
+        with self._entry.changing():
             self._seats.reclaim()
             for row in list(self._store.rows.values()):
                 self._store.reconcile(row)
@@ -456,10 +380,6 @@ class ContextManager:
 
     def close(self) -> None:
         """Free what is ours: context and model of `load`. Sessions keep their messages. Again: nothing."""
-        if os.getpid() != self._pid or self._closed:
-            return
-        self._reading_only.check(threading.get_ident())
-        with self._lock:
-            self._closed = True
+        if self._entry.close():
             self._seats.disown()
             self._parts.close()

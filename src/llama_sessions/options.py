@@ -67,11 +67,15 @@ def checked_text(name: str, value: object) -> str:
     return value
 
 
-def _build(cls: Callable[..., T], what: str, options: Mapping[str, Any]) -> T:
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+def check_known(what: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """OptionError for the first name that is not known."""
     for name in options:
         if name not in known:
             raise OptionError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+
+
+def _build(cls: Callable[..., T], what: str, options: Mapping[str, Any]) -> T:
+    check_known(what, options, [f.name for f in fields(cls)])  # type: ignore[arg-type]
     return cls(**options)
 
 
@@ -180,8 +184,14 @@ class LoadOptions:
         return self.max_sessions + 2
 
     @classmethod
-    def build(cls, options: Mapping[str, Any]) -> LoadOptions:
-        return _build(cls, "option", options)
+    def split(cls, options: Mapping[str, Any]) -> tuple[LoadOptions, dict[str, Any]]:
+        """Those of `options` that are of the context, checked, and the rest, which must be `ManagerOptions`."""
+        mine = {f.name for f in fields(cls)}
+        known = [*(f.name for f in fields(cls)), *(f.name for f in fields(ManagerOptions))]
+        check_known("option", options, known)
+        return cls(**{k: v for k, v in options.items() if k in mine}), {
+            k: v for k, v in options.items() if k not in mine
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,10 +44,13 @@ class Seats:
         return len(self._seats)
 
     def seats(self) -> list[Seat]:
-        return list(self._seats.values())
+        return [seat for _, seat in self.items()]
 
     def items(self) -> list[tuple[Session, Seat]]:
-        return list(self._seats.items())
+        """Sessions that are alive, with their seats; safe to call from any thread, without the lock."""
+        alive = [ref() for ref in self._seats.keyrefs()]
+        pairs = [(session, self._seats.get(session)) for session in alive if session is not None]
+        return [(session, seat) for session, seat in pairs if seat is not None]
 
     def get(self, session: Session, holder: object | None = None, *, reading: bool = False) -> Seat | None:
         """The session's seat, if it has one.
@@ -91,7 +94,7 @@ class Seats:
     def reclaim(self) -> None:
         """Give back slots that an interrupt left without an owner."""
         self.drain()
-        for seq_id in self._slots.used() - {seat.row.seq_id for seat in self._seats.values()}:
+        for seq_id in self._slots.used() - {seat.row.seq_id for seat in self.seats()}:
             self._free(seq_id)
 
     def _free(self, seq_id: int) -> None:

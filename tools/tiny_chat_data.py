@@ -11,11 +11,89 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-SYLLABLES = (
-    "ba be bo bri da del do dra el fa fen fi ga gor gri ha hol im jo ka kel ki kor la len li lo lu ma mel mi mor na "
-    "nel ni nor o pa pel pi por qua ra ren ri ro sa sel shi sol ta tel thi to tri u va ven vi vor wa wel wi ya yor za "
-    "zel zi zo an ar as en er es in ir on or un us"
-).split()
+SYLLABLES = [
+    "ba",
+    "be",
+    "bo",
+    "bri",
+    "da",
+    "del",
+    "do",
+    "dra",
+    "el",
+    "fa",
+    "fen",
+    "fi",
+    "ga",
+    "gor",
+    "gri",
+    "ha",
+    "hol",
+    "im",
+    "jo",
+    "ka",
+    "kel",
+    "ki",
+    "kor",
+    "la",
+    "len",
+    "li",
+    "lo",
+    "lu",
+    "ma",
+    "mel",
+    "mi",
+    "mor",
+    "na",
+    "nel",
+    "ni",
+    "nor",
+    "o",
+    "pa",
+    "pel",
+    "pi",
+    "por",
+    "qua",
+    "ra",
+    "ren",
+    "ri",
+    "ro",
+    "sa",
+    "sel",
+    "shi",
+    "sol",
+    "ta",
+    "tel",
+    "thi",
+    "to",
+    "tri",
+    "u",
+    "va",
+    "ven",
+    "vi",
+    "vor",
+    "wa",
+    "wel",
+    "wi",
+    "ya",
+    "yor",
+    "za",
+    "zel",
+    "zi",
+    "zo",
+    "an",
+    "ar",
+    "as",
+    "en",
+    "er",
+    "es",
+    "in",
+    "ir",
+    "on",
+    "or",
+    "un",
+    "us",
+]
 LETTERS = "eeaaoiunrtlsdmkbpgvhfzcwjyxq"
 
 KINDS = {
@@ -36,13 +114,58 @@ KINDS = {
     "dish": "stew pie goulash risotto",
     "instrument": "piano violin flute drum harp",
 }
-RELATIONS = "dog cat sister brother friend teacher boss neighbour horse boat".split()
-THINGS = "key map lamp letter coin ring hat cup".split()
-REAL_NAMES = (
-    "Anna Ben Clara David Emma Finn Grace Henry Iris Jack Kate Leo Maria Nina Oscar Paul Rosa Sam Tom Vera Ada Alan "
-    "Alice Bob Carol Eve John Mary Peter Susan"
-).split()
-ITEMS = "apples bread milk eggs cheese rice tea salt sugar soap candles nails rope paper butter onions".split()
+RELATIONS = ["dog", "cat", "sister", "brother", "friend", "teacher", "boss", "neighbour", "horse", "boat"]
+THINGS = ["key", "map", "lamp", "letter", "coin", "ring", "hat", "cup"]
+REAL_NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Finn",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Maria",
+    "Nina",
+    "Oscar",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tom",
+    "Vera",
+    "Ada",
+    "Alan",
+    "Alice",
+    "Bob",
+    "Carol",
+    "Eve",
+    "John",
+    "Mary",
+    "Peter",
+    "Susan",
+]
+ITEMS = [
+    "apples",
+    "bread",
+    "milk",
+    "eggs",
+    "cheese",
+    "rice",
+    "tea",
+    "salt",
+    "sugar",
+    "soap",
+    "candles",
+    "nails",
+    "rope",
+    "paper",
+    "butter",
+    "onions",
+]
 
 PERSONAS = (
     "You are a helpful assistant.",
@@ -293,19 +416,21 @@ def dialogue(
     *,
     held_out: bool = False,
     p_ask: float = 0.5,
+    without: str | None = None,
 ) -> Dialogue:
     """A dialogue of at least `n_tokens` tokens (`count` gives the tokens of a message with its frame).
 
-    Facts are asked for so that the distances back to their last mention spread over the whole length.
+    Facts are asked for so that the distances back to their last mention spread over the whole length. `without`: a key
+    that is neither told nor asked for.
     """
     words = Words(rng, held_out)
     memory = Memory()
-    told_keys = rng.sample(keys(), rng.randint(2, 14))
+    told_keys = [key for key in rng.sample(keys(), rng.randint(2, 14)) if key != without]
     last_mention: dict[str, int] = {}
     system = None
     pos = 0
     if rng.random() < 0.75:
-        password = words.made_up() if rng.random() < 0.6 else None
+        password = words.made_up() if rng.random() < 0.6 and without != "password" else None
         system = system_text(words, password)
         pos = count(system)
         if password is not None:
@@ -334,7 +459,7 @@ def dialogue(
                 turn = Turn(casual(user, rng), answer, key, True)
                 last_mention[key] = pos
             else:
-                unknown = [key for key in keys() if key not in memory.facts]
+                unknown = [key for key in keys() if key not in memory.facts and key != without]
                 key = rng.choice(unknown)
                 user, answer = ask(key, None, rng)
                 turn = Turn(casual(user, rng), answer, key, False)

@@ -228,7 +228,8 @@ class Renderer:
     def _text_of(self, marked: str) -> str:
         """The plain text: marks taken out, literals put back."""
         return self._marker.scan.sub(
-            lambda m: m["control"] or (self._marker.literal(m["literal"]) if m["literal"] else ""), marked
+            lambda m: m[0] if m.lastgroup is None else self._marker.literal(m["literal"]) if m["literal"] else "",
+            marked,
         )
 
     # -- after the template
@@ -247,7 +248,7 @@ class Renderer:
             at = m.end()
             if swallow:
                 text = text.lstrip(_WHITE)
-                swallow = not text and m.lastgroup != "control"
+                swallow = not text and m.lastgroup is not None
             parts.append(text)
             length += len(text)
             if m.lastgroup == "start":
@@ -262,13 +263,13 @@ class Renderer:
                 length += len(literal)
                 swallow = False
             else:
-                token = vocab.control[m["control"]]
+                token = vocab.control[m[0]]
                 strips_left, swallow = vocab.strips(token)
                 joined = "".join(parts)
                 if opened is not None:
                     # Trusted content with a control token in it goes on in the next stretch.
                     regions.append(Region(*opened, length))
-                    opened = (opened[0], opened[1] + length - opened[2] + len(m["control"]), 0)
+                    opened = (opened[0], opened[1] + length - opened[2] + len(m[0]), 0)
                 out.append(TextStretch(joined.rstrip(_WHITE) if strips_left else joined, regions, token))
                 parts, regions, length = [], [], 0
         rest = marked[at:]

@@ -107,9 +107,11 @@ class Model:
 
     @property
     def description(self) -> str:
+        """Its name, if it has one, and llama.cpp's description: `tiny-chat (llama ?B F16)`."""
         buffer = ctypes.create_string_buffer(256)
         llama_cpp.llama_model_desc(self.handle, buffer, 256)
-        return buffer.value.decode("utf-8", "replace")
+        described, name = buffer.value.decode("utf-8", "replace"), self.meta("general.name")
+        return f"{name} ({described})" if name else described
 
     @property
     def n_ctx_train(self) -> int:

@@ -48,7 +48,8 @@ class Trial:
         self.question, self.answer = ask(key, value, self.rng)
 
     def count(self, text: str) -> int:
-        return len(self.cm.vocab.tokenize(text)) + 5
+        """Tokens of a message with its frame: two control tokens, the role, two line feeds."""
+        return len(self.cm.vocab.tokenize(text)) + len(self.cm.vocab.tokenize("assistant\n")) + 3
 
     def fitting(self, said: Dialogue, n_tokens: int) -> list[Turn]:
         """As many turns as fit into `n_tokens`."""
@@ -75,7 +76,7 @@ def main() -> None:
     ap.add_argument("--model", default=builtin_model())
     ap.add_argument("--trials", type=int, default=200)
     args = ap.parse_args()
-    with ContextManager.load(args.model, max_sessions=2) as cm:
+    with ContextManager.load(args.model, max_sessions=2, n_threads=1) as cm:
         print(f"{args.model}: n_ctx {cm.n_ctx_seq}, {args.trials} trials a bin")
         print(f"{'tokens':>12} {'known':>8} {'unknown':>8} {'password':>9}")
         for low in range(0, cm.n_ctx_seq, BIN):

@@ -21,9 +21,9 @@ import gguf
 import numpy as np
 import tokenizers
 import torch
-import torch.nn.functional as F
 from tiny_chat_data import CHAT_TEMPLATE, Turn, dialogue
 from torch import Tensor, nn
+from torch.nn import functional as fn
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Qwen2's pre-tokenizer: llama.cpp knows it by name and its splitter does not recurse on long runs.
@@ -133,10 +133,10 @@ class Layer(nn.Module):
         v = self.v(h).view(b, n, s.n_head_kv, s.head_dim).transpose(1, 2)
         rep = s.n_head // s.n_head_kv
         k, v = (t.repeat_interleave(rep, 1) for t in (k, v))
-        a = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
+        a = fn.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
         x = x + self.o(a.transpose(1, 2).reshape(b, n, -1))
         h = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x + self.down(fn.silu(self.gate(h)) * self.up(h))
 
 
 class Model(nn.Module):
@@ -158,7 +158,7 @@ class Model(nn.Module):
         x = self.embd(ids)
         for layer in self.layers:
             x = layer(x, self.table[:, : ids.shape[1]])
-        return F.linear(self.norm(x), self.embd.weight)
+        return fn.linear(self.norm(x), self.embd.weight)
 
 
 def write_gguf(path: Path, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
@@ -188,6 +188,7 @@ def write_gguf(path: Path, model: Model, tokenizer: tokenizers.Tokenizer) -> Non
     w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]])
     w.add_eos_token_id(bpe["vocab"]["<|im_end|>"])
     w.add_pad_token_id(bpe["vocab"]["<|endoftext|>"])
+    w.add_bos_token_id(bpe["vocab"]["<|endoftext|>"])  # never added; without it llama.cpp takes id 11 for one
     w.add_add_bos_token(False)
     w.add_chat_template(CHAT_TEMPLATE)
 
@@ -298,7 +299,7 @@ def main() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 logits = step_model(ids[:, :-1])
             picked = mask[:, 1:]
-            loss = F.cross_entropy(logits[picked].float(), ids[:, 1:][picked])
+            loss = fn.cross_entropy(logits[picked].float(), ids[:, 1:][picked])
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for opt in optimizers:
@@ -309,8 +310,9 @@ def main() -> None:
             losses.append(loss.item())
             if step % 50 == 0:
                 rate = n_seen / (time.time() - start)
-                print(f"{done:6.1%} step {step} ctx {n_ctx} loss {np.mean(losses[-50:]):.4f} {n_seen / 1e6:.1f} M tokens"
-                      f" {rate:.0f}/s", flush=True)  # fmt: skip
+                loss_now = float(np.mean(losses[-50:]))
+                seen = f"{n_seen / 1e6:.1f} M tokens {rate:.0f}/s"
+                print(f"{done:6.1%} step {step} ctx {n_ctx} loss {loss_now:.4f} {seen}", flush=True)
             if step % 250 == 0:
                 print("   ", recall(model, enc, n_ctx), flush=True)
                 torch.save({"model": model.state_dict()}, args.checkpoint)

@@ -72,7 +72,8 @@ class Demo:
 
 def run(path: str) -> None:
     """The demo on a model; it is written for the built-in one."""
-    with ContextManager.load(path, max_sessions=4) as cm:
+    # One thread: the built-in model is too small to gain from a second.
+    with ContextManager.load(path, max_sessions=4, n_threads=1) as cm:
         print(f"llama-sessions demo, on {cm.capabilities.model} ({cm.n_ctx_seq} tokens of context)")
         Demo(cm).run()
         cm.check_integrity()

@@ -11,7 +11,7 @@ from .generation import Generation
 from .manager import ContextManager
 from .options import SamplingOptions
 from .report import Chunk, Reply
-from .session import Session
+from .session import Session, check_message
 
 
 class Stream(Iterator[Chunk]):
@@ -120,13 +120,16 @@ class Engine:
     def regenerate(self, session: Session, **options: Any) -> Reply:
         """Answer the last user message anew. The old reply comes back if this fails before its first token."""
         messages = session.messages
-        if not messages or messages[-1].get("role") != "assistant":
+        if not isinstance(messages, list):
+            raise OptionError(f"session.messages must be a list of messages, not {messages!r}")
+        if not messages or check_message(messages[-1], "the last message")["role"] != "assistant":
             raise StateError("there is no reply to regenerate: the last message is not the assistant's")
-        old = messages.pop()
+        old = messages[-1]
         try:
+            messages.pop()
             reply = self.chat(session, **options)
         except BaseException:
-            if messages and messages[-1].get("role") != "assistant":
+            if not messages or messages[-1].get("role") != "assistant":
                 messages.append(old)
             raise
         if not reply.n_generated and reply.stop_reason == "cancelled":

@@ -7,6 +7,7 @@ token is decoded: between two steps anything may happen to other sessions.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from .errors import OptionError, StateError
 from .llama.sampler import Sampler
@@ -14,7 +15,7 @@ from .manager import ContextManager
 from .options import SamplingOptions, checked_text
 from .pending import NextToken, Pending, PromptChunk, Work
 from .report import Chunk, Reply
-from .session import Session
+from .session import Session, check_message
 from .text_stream import TextStream
 from .types import Message
 
@@ -26,11 +27,13 @@ class Generation:
     """
 
     def __init__(self, cm: ContextManager, session: Session, text: str | None, options: SamplingOptions) -> None:
+        if not isinstance(session.messages, list):
+            raise OptionError(f"session.messages must be a list of messages, not {session.messages!r}")
         if text is not None:
             checked_text("the user's text", text)
         elif not session.messages:
             raise OptionError("there is nothing to answer: the session has no messages; pass a text")
-        elif session.messages[-1].get("role") == "assistant":
+        elif check_message(session.messages[-1], "the last message")["role"] == "assistant":
             raise OptionError("the last message is the assistant's already; pass a text, or use regenerate")
         self.session = session
         self.reply: Reply | None = None
@@ -41,6 +44,7 @@ class Generation:
         self._stream = TextStream(options.stops)
         self._tokens: list[int] = []
         self._user: Message | None = None
+        self._asked: Message | None = None
         self._pending: Pending | None = None
         self._started = 0.0
         self._first_token_s = 0.0
@@ -57,12 +61,21 @@ class Generation:
         cm.hold(session, self)
         try:
             if self._text is not None:
-                self._user = session.add_user(self._text)
+                self._user = {"role": "user", "content": self._text}
+                session.messages.append(self._user)
+            self._asked = session.messages[-1]
             self._pending = cm.begin(session, holder=self)
             self._sampler.begin(self._pending.tokens)
         except BaseException:
             self.fail()
+            self._leave_an_empty_row()
             raise
+
+    def _leave_an_empty_row(self) -> None:
+        """A session that got nowhere must not keep a slot from others."""
+        with suppress(StateError):
+            if not len(self._cm.tokens(self.session)):
+                self._cm.release(self.session)
 
     def work(self, n_tokens: int) -> Work | None:
         """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
@@ -84,7 +97,9 @@ class Generation:
         if not self._tokens and not self._first_token_s:
             self._first_token_s = time.perf_counter() - self._started
         if token is None:
-            raise OptionError("no token can be sampled: every one is banned, by logit_bias or by the model's logits")
+            raise OptionError(
+                "no token can be sampled: no logit is finite, whether by logit_bias, penalties or the model itself"
+            )
         if cm.vocab.is_eog(token):
             return Chunk(self._stream.push(b"", final=True), token, self.finish("stop"))
         self._tokens.append(token)
@@ -103,10 +118,10 @@ class Generation:
         goes back."""
         self._stream.push(b"", final=True)
         text, pending = self._stream.text, self._pending
-        if self._tokens or stop_reason == "stop":
-            self.session.add_reply(text, self._ids_spelling(text))
-        else:
+        if not self._tokens and stop_reason != "stop":
             self._take_back()
+        elif not self._is_said(text):
+            self.session.add_reply(text, self._ids_spelling(text))
         self._cm.let_go(self.session, self)
         report = self.session.last_prepare if pending is not None and pending.done else None
         self.reply = Reply(
@@ -126,6 +141,11 @@ class Generation:
         """An error ends it: keep what was said, or take the user's message back if nothing was."""
         if self.reply is None:
             self.finish("cancelled")
+
+    def _is_said(self, text: str) -> bool:
+        """Whether an interrupted `finish` got as far as the session."""
+        last = self.session.messages[-1] if self.session.messages else None
+        return last is not None and last is not self._asked and last == {"role": "assistant", "content": text}
 
     def _take_back(self) -> None:
         messages = self.session.messages

@@ -2,13 +2,13 @@
 
 The template sees real content: a `Said` is a `str` with the real value, so every test the template makes on it is
 right. Only when it is written out does it carry marks around it, which `render` takes out again. Control-token text
-in untrusted content is replaced by a literal mark before the template sees it and is put back as plain text.
+in untrusted content is then replaced by a literal mark, which becomes plain text again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 OPEN, BAR, CLOSE, LITERAL, LITERAL_END = (chr(0x10F8D0 + i) for i in range(5))  # private use, plane 16
@@ -16,27 +16,39 @@ MARKS = (OPEN, BAR, CLOSE, LITERAL, LITERAL_END)
 
 
 class Said(str):
-    """Content of a message, with where it stands: index `message`, `start` characters into its content.
+    """Content of a message, with where it stands: in message `message`, `start` characters into its content.
 
     Whatever cuts it (`strip`, `split`, slices) gives a `Said` that knows its place; whatever writes it out (`str()`,
-    `+`, `~`, `join` of a template) writes the marks too.
+    `+`, `~`, `join` of a template) writes the marks too. White space around it stays outside them, so that a template
+    which trims what it has put together trims as it would without marks. `defuse` is applied to what is written.
     """
 
-    __slots__ = ("message", "start")
-    message: int
-    start: int
+    __slots__ = ("_defuse", "_message", "_start")  # underscores: a template must not see them
+    _message: int
+    _start: int
+    _defuse: Callable[[str], str] | None
 
-    def __new__(cls, text: str, message: int, start: int = 0) -> Said:
+    def __new__(cls, text: str, message: int, start: int = 0, defuse: Callable[[str], str] | None = None) -> Said:
         self = str.__new__(cls, text)
-        self.message, self.start = message, start
+        self._message, self._start, self._defuse = message, start, defuse
         return self
 
     def _part(self, a: int, b: int) -> Said:
-        return Said(str.__getitem__(self, slice(a, b)), self.message, self.start + a)
+        return Said(str.__getitem__(self, slice(a, b)), self._message, self._start + a, self._defuse)
 
     def __str__(self) -> str:
         text = "".join((self,))  # the value itself: str(self) is this very method
-        return f"{OPEN}{self.message}:{self.start}{BAR}{text}{CLOSE}" if text else ""
+        core = text.strip()
+        if not core:
+            return text
+        a = text.index(core)
+        b = a + len(core)
+        shown = core if self._defuse is None else self._defuse(core)
+        opened, closed = (
+            f"{OPEN}{self._message}:{self._start + a}{BAR}",
+            f"{CLOSE}{self._message}:{self._start + b}{BAR}",
+        )
+        return f"{text[:a]}{opened}{shown}{closed}{text[b:]}"
 
     def __add__(self, other: str) -> str:
         return str(self) + str(other)
@@ -67,6 +79,10 @@ class Said(str):
 
     def removesuffix(self, suffix: str) -> Said:
         return self._part(0, len(str.removesuffix(self, suffix)))
+
+    def replace(self, old: str, new: str, count: Any = -1) -> str:
+        replaced = str.replace(self, old, new, count)
+        return self if replaced == self else replaced
 
     def _parts(self, texts: Iterable[str]) -> Iterator[Said]:
         at = 0
@@ -128,8 +144,9 @@ class Marker:
         words = _trie_patterns(control)
         self._untrusted = re.compile("|".join([*MARKS, *words]))
         self._marks_only = re.compile(f"[{''.join(MARKS)}]")
-        marks = [f"{OPEN}(?P<index>\\d+):(?P<start>\\d+){BAR}", f"{CLOSE}(?P<close>)",
+        marks = [f"{OPEN}(?P<index>\\d+):(?P<start>-?\\d+){BAR}", f"{CLOSE}(?P<closed>\\d+):(?P<end>-?\\d+){BAR}",
                  f"{LITERAL}(?P<literal>\\d+){LITERAL_END}"]  # fmt: skip
+        self._marks = re.compile("|".join(marks))
         # A match with no `lastgroup` is a control token, all of it.
         self.scan = re.compile("|".join([*marks, *words]))
 
@@ -137,9 +154,19 @@ class Marker:
         """The text that a literal mark stands for."""
         return self._literals[int(number)]
 
-    def restore(self, text: str) -> str:
-        """`text` with its literal marks put back as text."""
-        return re.sub(f"{LITERAL}(\\d+){LITERAL_END}", lambda m: self._literals[int(m[1])], text)
+    def plain(self, marked: str) -> str:
+        """What a template wrote, marks taken out and literals put back."""
+        if not any(mark in marked for mark in (OPEN, CLOSE, LITERAL)):
+            return marked
+        return self._marks.sub(lambda m: self.literal(m["literal"]) if m["literal"] else "", marked)
+
+    def controls(self, marked: str) -> list[str]:
+        """The control tokens in what a template wrote, in order."""
+        return [m[0] for m in self.scan.finditer(marked) if m.lastgroup is None]
+
+    def messages(self, marked: str) -> set[int]:
+        """The messages whose marks are in what a template wrote."""
+        return {int(m["index"] or m["closed"]) for m in self._marks.finditer(marked) if not m["literal"]}
 
     def defuse(self, text: str, *, trusted: bool = False) -> str:
         """`text` without control-token text (trusted: control stays) and without characters that look like marks."""
@@ -153,8 +180,19 @@ class Marker:
         """The same for every text inside lists and dicts (tool calls, tool definitions)."""
         if isinstance(value, str):
             return self.defuse(value)
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {self.defuse_all(key): self.defuse_all(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.defuse_all(item) for item in value]
         return value
+
+
+def written_out(value: Any) -> Any:
+    """`value`, each `Said` in it as the text that a template writes for it: for what would read past its `str()`."""
+    if isinstance(value, Said):
+        return str(value)
+    if isinstance(value, dict):
+        return {written_out(key): written_out(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [written_out(item) for item in value]
+    return value

@@ -28,13 +28,15 @@ def checked_int(name: str, value: object, low: int, high: int | None = None) -> 
 
 
 def checked_float(name: str, value: object, low: float, high: float = math.inf) -> float:
-    """`value` as a finite float within `[low, high]`, else OptionError."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        try:
-            value = float(value.__float__())  # type: ignore[attr-defined]
-        except (AttributeError, TypeError, ValueError):
-            raise OptionError(f"{name} must be a number, not {value!r}") from None
-    number = float(value)
+    """`value` as a finite float within `[low, high]`, else OptionError. Accepts numpy's numbers, refuses bools."""
+    try:
+        if isinstance(value, bool | str | bytes | bytearray):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise OptionError(f"{name} must be a number, not {value!r}") from None
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or not low <= number <= high:
         bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise OptionError(f"{name} must be a finite number {bounds}, not {value!r}")
@@ -163,8 +165,7 @@ class LoadOptions:
         for name in ("type_k", "type_v"):
             if getattr(self, name) is not None:
                 checked_int(name, getattr(self, name), 0, 63)
-        if self.flash_attn not in ("auto", True, False):
-            raise OptionError(f"flash_attn must be 'auto', True or False, not {self.flash_attn!r}")
+        checked_choice("flash_attn", self.flash_attn, ("auto", True, False))
         checked_bool("swa_full", self.swa_full)
         checked_bool("kv_unified", self.kv_unified)
         if self.n_batch < self.n_seq_max:
@@ -242,6 +243,8 @@ class SamplingOptions:
         """The stop strings, none of them empty."""
         if self.stop is None:
             return ()
+        if not isinstance(self.stop, Sequence):  # an iterator would be empty the second time
+            raise OptionError(f"stop must be a text or a list of texts, not {self.stop!r}")
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         for stop in stops:
             if not checked_text("a stop string", stop):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .errors import OptionError
 from .hooks import Hooks
 from .kv.prefix import Prefix
 from .options import checked_text
 from .render import Renderer
-from .session import Session, SpokenReply
+from .session import Session, SpokenReply, check_message
 from .types import Message, TokenArray
 
 
@@ -39,6 +40,8 @@ class Prompter:
     def conversation(self, session: Session) -> Conversation:
         """Calls the `before_encode` hook, so not under the lock. The session's own system text wins, then a system
         message at the head of its messages, then the manager's."""
+        if not isinstance(session.messages, list | tuple):
+            raise OptionError(f"session.messages must be a list of messages, not {session.messages!r}")
         messages = list(session.messages)
         brings_own = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
         system = session.system if session.system is not None else None if brings_own else self._prefix.text
@@ -50,6 +53,8 @@ class Prompter:
     def tokens(self, session: Session, conversation: Conversation) -> TokenArray:
         """(n,) int32: the whole prompt with the reply header; of an empty conversation the stem that all begin with."""
         if conversation.is_empty:
+            for i, message in enumerate(conversation.messages):
+                check_message(message, f"message {i}")
             text = "".join(m.get("content") or "" for m in conversation.messages)
             return self._stem(session, text) if text else np.empty(0, np.int32)
         rendered = self.renderer.render(

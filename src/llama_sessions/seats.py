@@ -16,8 +16,8 @@ from .kv.store import RowStore
 from .session import Session
 from .types import FloatArray
 
-# Which manager a session with a row belongs to; a session without a row belongs to nobody.
-_owners: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
+# Where a session was seated last; while it has a row there, no other manager takes it.
+_owners: weakref.WeakKeyDictionary[Session, weakref.ref[Seats]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(slots=True, eq=False)
@@ -59,8 +59,9 @@ class Seats:
         """
         if not isinstance(session, Session):
             raise OptionError(f"a Session is wanted, not {session!r}")
-        owner = _owners.get(session)
-        if owner is not None and owner != id(self):
+        ref = _owners.get(session)
+        owner = None if ref is None else ref()
+        if owner is not None and owner is not self and session in owner._seats:
             raise StateError("the session belongs to another manager; release it there, or fork its messages")
         seat = self._seats.get(session)
         if seat is not None and not reading and seat.holder not in (None, holder):
@@ -72,11 +73,11 @@ class Seats:
         if not self._slots.n_free:
             self.reclaim()
         seq_id = self._slots.acquire()
-        # The finaliser may run in the middle of anything: it only leaves a note.
+        # The finaliser may run in the middle of anything: it only leaves a note, and a note is only a hint.
         finalizer = weakref.finalize(session, self._left.append, seq_id)
         finalizer.atexit = False
+        _owners[session] = weakref.ref(self)
         seat = self._seats[session] = Seat(self._store.add(seq_id, session.namespace), finalizer)
-        _owners[session] = id(self)
         return seat
 
     def leave(self, session: Session, seat: Seat) -> None:
@@ -88,12 +89,14 @@ class Seats:
 
     def drain(self) -> None:
         """Give back the slots of sessions that are gone."""
-        while self._left:
-            self._free(self._left.popleft())
+        n_notes = len(self._left)
+        if n_notes:
+            self.reclaim()
+            for _ in range(n_notes):
+                self._left.popleft()
 
     def reclaim(self) -> None:
-        """Give back slots that an interrupt left without an owner."""
-        self.drain()
+        """Give back the slots that nobody sits on: of sessions that are gone, or left by an interrupt."""
         for seq_id in self._slots.used() - {seat.row.seq_id for seat in self.seats()}:
             self._free(seq_id)
 

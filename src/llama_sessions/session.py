@@ -109,12 +109,12 @@ class Session:
 
     def replies(self, messages: Sequence[Message] | None = None) -> list[SpokenReply | None]:
         """For each message (None: the session's) what is known beside its dict: by the dict itself, else by its text
-        (it may be a copy)."""
+        (it may be a copy). Trust goes with the dict alone: another's text may be the same."""
         messages = self.messages if messages is None else messages
         if not self._replies:
             return [None] * len(messages)
         by_dict = {id(r.message): r for r in self._replies}
-        by_text = {r.text: r for r in self._replies}
+        by_text = {r.text: r for r in self._replies if not r.trusted}
         found: list[SpokenReply | None] = []
         for message in messages:
             reply = None
@@ -136,7 +136,8 @@ class Session:
 
     def copy(self) -> Session:
         """The same conversation in a session of its own: messages are copied deeply, reply ids come along."""
-        twin = Session(self.system, self.namespace, self.tools, copy.deepcopy(self.template_kwargs))
+        tools, variables = copy.deepcopy((self.tools, self.template_kwargs))
+        twin = Session(self.system, self.namespace, tools, variables)
         twins: dict[int, Any] = {}
         twin.messages = copy.deepcopy(self.messages, twins)
         twin._replies = [

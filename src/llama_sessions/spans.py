@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 
@@ -27,32 +27,50 @@ class ContentRange:
 def message_spans(
     contents: Sequence[ContentRange],
     roles: Sequence[str],
-    tails: Mapping[str, int],
-    control_at: Sequence[int],
-    n_tokens: int,
+    tails: Mapping[str, Sequence[int]],
+    control: Set[int],
+    tokens: Sequence[int],
 ) -> tuple[Span, ...]:
-    """Cut a prompt into one span a message, in order.
+    """Cut the prompt `tokens` into one span a message, in order.
 
-    `tails`: tokens that the template writes after a content of that role (its end token, a line feed); where a role is
-    missing the cut is before the last control token ahead of the next content. `control_at`: sorted positions of
-    control tokens. Messages whose content the template did not write get an empty span. The last span ends where the
-    reply header begins.
+    A message ends with the tail of its role: what the template writes after such a content (its end token, a line
+    feed); for a role without one any other's will do. Where none is found the cut is before the last `control` token
+    ahead of the next content. A message whose content the template did not write, or wrote behind that of a later
+    message, gets an empty span. The last span ends where the reply header begins.
     """
-    found = {c.index: c for c in reversed(contents)}
-    order = sorted(found)
+    found = _in_one(contents)
     spans, begin = [], 0
     for i, role in enumerate(roles):
-        if i not in found:
+        content = found.get(i)
+        following = min((c.p0 for j, c in found.items() if j > i), default=len(tokens))
+        if content is None or following < content.p0:
             spans.append(Span(i, begin, begin))
             continue
-        content = found[i]
-        following = next((found[j].p0 for j in order if j > i), n_tokens)
-        tail = tails.get(role)
-        if tail is not None and content.p1 + tail <= following:
-            end = content.p1 + tail
-        else:
-            between = [p for p in control_at if content.p1 < p < following]
-            end = between[-1] if between else following if following < n_tokens else content.p1
+        candidates = [tails[role]] if role in tails else list(tails.values())
+        ends = (_end_of(tail, tokens, content.p1, following) for tail in candidates)
+        end = min((e for e in ends if e is not None), default=None)
+        if end is None:
+            between = [p for p in range(content.p1 + 1, following) if tokens[p] in control]
+            end = between[-1] if between else following if following < len(tokens) else content.p1
         spans.append(Span(i, begin, end))
         begin = end
     return tuple(spans)
+
+
+def _in_one(contents: Sequence[ContentRange]) -> dict[int, ContentRange]:
+    """One range a message: of a content written twice the first; parts of one (reasoning, answer) put together."""
+    found: dict[int, ContentRange] = {}
+    last = None
+    for c in contents:
+        if c.index not in found:
+            found[c.index] = c
+        elif c.index == last:
+            found[c.index] = ContentRange(c.index, found[c.index].p0, c.p1)
+        last = c.index
+    return found
+
+
+def _end_of(tail: Sequence[int], tokens: Sequence[int], p0: int, p1: int) -> int | None:
+    """Where `tail` first ends within `[p0, p1)`; None: it is not there."""
+    n, tail = len(tail), list(tail)
+    return next((p + n for p in range(p0, p1 - n + 1) if list(tokens[p : p + n]) == tail), None)

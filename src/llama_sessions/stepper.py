@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import CapacityError, DecodeError, LlamaSessionsError, OptionError, StateError
-from .kv.store import Feed, RowStore, no_cells
+from .errors import DecodeError, LlamaSessionsError, OptionError, StateError
+from .kv.store import Feed, RowStore, no_cells, no_room
 from .options import checked_int
-from .pending import NextToken, PromptChunk, Work
+from .pending import NextToken, Pending, PromptChunk, Work
 from .planner import check_length
 from .report import StepReport, StepResult
 from .seats import Seats
@@ -34,9 +34,9 @@ class Stepper:
         self._store = store
         self._seats = seats
 
-    def step(self, work: Sequence[Work], holder: object | None) -> StepReport:
+    def step(self, work: Iterable[Work], holder: object | None) -> StepReport:
         store = self._store
-        self._check(work)
+        work = self._checked(work)
         results: dict[Session, StepResult] = {}
         tasks: list[_Task] = []
         free = store.n_free_cells()
@@ -58,16 +58,20 @@ class Stepper:
             results[task.session] = self._settle(task, code, seconds)
         return StepReport(results, sum(r.n_decoded for r in results.values()), seconds)
 
-    def _check(self, work: Sequence[Work]) -> None:
-        """OptionError for work that is none."""
+    def _checked(self, work: Iterable[Work]) -> tuple[Work, ...]:
+        """The pieces of work; OptionError for work that is none."""
+        try:
+            work = tuple(work)
+        except TypeError:
+            raise OptionError(f"a step takes a list of PromptChunk and NextToken, not {work!r}") from None
         if not work:
             raise OptionError("a step needs at least one piece of work")
         n_tokens, sessions = 0, set()
         for item in work:
-            if isinstance(item, PromptChunk):
+            if isinstance(item, PromptChunk) and isinstance(item.pending, Pending):
                 n_tokens += min(checked_int("n_tokens", item.n_tokens, 1), item.pending.n_left)
                 sessions.add(item.pending.session)
-            elif isinstance(item, NextToken):
+            elif isinstance(item, NextToken) and isinstance(item.session, Session):
                 checked_int("token", item.token, 0, self._store.caps.n_vocab - 1)
                 n_tokens += 1
                 sessions.add(item.session)
@@ -77,6 +81,7 @@ class Stepper:
             raise OptionError("a session may be in a step only once")
         if n_tokens > self._store.caps.n_batch:
             raise OptionError(f"{n_tokens} tokens are more than n_batch={self._store.caps.n_batch} takes in one step")
+        return work
 
     def _feed(self, item: Work, session: Session, holder: object | None) -> Feed:
         """The tokens that go in for one session; raises what keeps them out."""
@@ -97,6 +102,7 @@ class Stepper:
         if not row.n:
             raise StateError("nothing is prepared; call prepare first")
         check_length(self._store, row.n + 1, "one token more")
+        seat.n_begun += 1  # a prompt that was still under way would go on behind a token that is not its own
         return Feed(row, np.array([item.token], np.int32), wants_logits=True)
 
     def _settle(self, task: _Task, code: int, seconds: float) -> StepResult:
@@ -104,8 +110,7 @@ class Stepper:
         session, feed, item = task.session, task.feed, task.work
         session.n_past = feed.row.n
         if code == 1:
-            message = f"llama.cpp found no room for {len(feed.tokens)} tokens; release a session or raise n_ctx"
-            return StepResult(0, False, CapacityError(message, needed=len(feed.tokens), available=0, unit="cells"))
+            return StepResult(0, False, no_room(len(feed.tokens)))
         if code != 0:
             message = "the row keeps what was decoded; prepare again"
             return StepResult(0, False, DecodeError("llama_decode", code, message, self._store.context.last_error))

@@ -24,10 +24,11 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += self._decoder.decode(data, final)
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        # The one that is complete first: then it does not matter how the tokens cut the text.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._held = self._held[: min(found)[1]], ""
         else:
             keep = 0 if final else self._n_held_back()
             shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ..errors import DecodeError
 from ..types import TokenArray
+from .plan import can_be_cut
 from .row import Row, common_prefix
-from .store import Feed, RowStore
+from .store import Feed, RowStore, no_room
 
 
 class Prefix:
@@ -41,11 +42,15 @@ class Prefix:
         store = self._store
         store.reconcile(row)
         n_keep = common_prefix(row.tokens, tokens)
+        if not can_be_cut(store.source(row, "prefix"), n_keep, store.caps):
+            n_keep = 0
         store.need_cells(len(tokens) - n_keep, row, n_keep)
         store.cut(row, n_keep)
         while row.n < len(tokens):
             part = tokens[row.n : row.n + store.caps.n_batch]
             code = store.decode([Feed(row, part, wants_logits=False)])
+            if code == 1:
+                raise no_room(len(part))
             if code != 0:
                 raise DecodeError("llama_decode", code, "the system prompt was not encoded", store.context.last_error)
 

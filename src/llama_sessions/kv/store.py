@@ -29,6 +29,12 @@ def no_cells(needed: int, free: int, caps: Capabilities) -> CapacityError:
     )
 
 
+def no_room(n: int) -> CapacityError:
+    """The error that says that llama.cpp found no place for a batch (its code 1)."""
+    message = f"llama.cpp found no room for {n} tokens; release a session or raise n_ctx"
+    return CapacityError(message, needed=n, available=0, unit="cells")
+
+
 @dataclass(frozen=True, slots=True)
 class Feed:
     """Tokens to decode at the end of a row."""
@@ -118,12 +124,12 @@ class RowStore:
         if not can_be_cut(self.source(row, "row"), n, self.caps):
             n = 0
         self._spoil(row, n)
+        row.n = n  # at once: a row never claims a token that an interrupt may find gone
         if not self._remove(row.seq_id, n) or not self._ends_at(row, n):
+            row.suspect = row.n = 0
             self._remove(row.seq_id, 0)
-            n = 0
-        row.n = n
         row.suspect = None
-        return n
+        return row.n
 
     def reconcile(self, row: Row) -> None:
         """Make a suspect row true again: keep what surely held before and after the change that did not finish."""
@@ -136,14 +142,16 @@ class RowStore:
     def apply(self, row: Row, plan: Plan) -> list[Stretch]:
         """Cut and share as planned; what is left to decode is up to the caller. At most two operations a stretch."""
         stretches = []
-        started = time.perf_counter()
-        if plan.n_keep != row.n:
-            self.cut(row, plan.n_keep)
-        if row.n:
-            stretches.append(Stretch("row", 0, row.n, time.perf_counter() - started))
         share = plan.share
+        # Between streams a share replaces the whole row: to empty it first would be one operation too many.
+        replaces = share is not None and share.p0 == 0 and not self.caps.unified
+        started = time.perf_counter()
+        if plan.n_keep != row.n and not replaces:
+            self.cut(row, plan.n_keep)
+        if row.n and not replaces:
+            stretches.append(Stretch("row", 0, row.n, time.perf_counter() - started))
         # A cut that went deeper than planned leaves nothing to put the share on: then all is decoded.
-        if share is not None and share.p0 == row.n:
+        if share is not None and (replaces or share.p0 == row.n):
             started = time.perf_counter()
             if self.share(self.rows[share.seq_id], row, share.p0, share.p1):
                 stretches.append(Stretch(share.name, share.p0, share.p1, time.perf_counter() - started))
@@ -152,9 +160,11 @@ class RowStore:
     def share(self, src: Row, dst: Row, p0: int, p1: int) -> bool:
         """Give `dst`, which ends at `p0`, the cells `[p0, p1)` of `src`; no KV is computed or moved.
 
-        False: llama.cpp does not hold what was expected; `dst` is then empty.
+        Between streams `dst` becomes `[0, p1)` of `src`, whatever it was. False: llama.cpp does not hold what was
+        expected; `dst` is then empty.
         """
         self._spoil(dst, p0)
+        dst.n = p0
         whole_only = not self.caps.unified or self.caps.keeps_state
         started = time.perf_counter()
         self.n_operations += 1
@@ -251,4 +261,4 @@ class RowStore:
             return False
         if self.caps.kind is not MemoryKind.WINDOW or not n:
             return True
-        return (self.context.memory.pos_min(row.seq_id) or 0) <= max(0, n - self.caps.n_swa)
+        return (self.context.memory.pos_min(row.seq_id) or 0) <= max(0, n - self.caps.n_swa + 1)

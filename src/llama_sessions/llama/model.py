@@ -23,6 +23,8 @@ def _check_file(path: str | os.PathLike[str]) -> Path:
         raise OptionError(f"the model path must be text or a path, not {path!r}") from None
     if file.is_dir():
         raise ModelError(f"{file} is a directory; name a GGUF file in it")
+    if file.exists() and not file.is_file():  # opening a pipe would wait for a writer
+        raise ModelError(f"{file} is no regular file; name a GGUF file")
     try:
         with file.open("rb") as f:
             magic = f.read(4)
@@ -64,7 +66,10 @@ class Model:
             handle = llama_cpp.llama_model_load_from_file(os.fsencode(file), params)
             detail = captured.last_error
         if not handle:
-            raise ModelError(f"llama.cpp could not load {file}: {detail or 'no reason given'}")
+            raise ModelError(
+                f"llama.cpp could not load {file}: {detail or 'no reason given'}; "
+                "the file may be cut off or damaged, or newer than this llama-cpp-python: fetch or convert it again"
+            )
         model = cls(handle, owned=True, name=str(file))
         model._check_it_can_chat()
         return model

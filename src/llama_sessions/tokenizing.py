@@ -1,0 +1,133 @@
+"""Stretches to token ids: each tokenised once and kept, replies with the ids they were sampled as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .memo import Memo
+from .session import SpokenReply
+from .stretches import Region, TextStretch
+from .types import TokenArray, Vocab
+
+
+def n_common(a: str, b: str) -> int:
+    """Characters that two texts begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+class StretchTokenizer:
+    """One vocabulary, and what it made of the stretches seen so far."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._vocab = vocab
+        self._tokens: Memo[str, TokenArray] = Memo(16384)
+        self._spelled: Memo[SpokenReply, tuple[TokenArray, list[int]] | None] = Memo(4096)
+
+    def tokens(self, stretch: TextStretch, replies: Sequence[SpokenReply | None]) -> tuple[TokenArray, int]:
+        """Ids of a stretch, and how many replies kept their own in it."""
+        text = stretch.text
+        if not text:
+            return np.empty(0, np.int32), 0
+        cuts: list[tuple[int, int, TokenArray]] = []
+        for region in stretch.regions:
+            reply = replies[region.index] if region.index < len(replies) else None
+            if reply is not None and reply.ids:
+                cut = self._standing(region, text, reply, cuts[-1][1] if cuts else 0)
+                if cut is not None:
+                    cuts.append(cut)
+        if cuts:
+            pieces: list[TokenArray] = []
+            at = 0
+            for a, b, ids in [*cuts, (len(text), len(text), None)]:
+                fresh = self._fresh_tokens(text, at, a)
+                if fresh is None:
+                    break
+                pieces.append(fresh)
+                if ids is not None:
+                    pieces.append(ids)
+                at = b
+            else:
+                return np.concatenate(pieces), len(cuts)
+        return self._tokenize(text), 0
+
+    def _fresh_tokens(self, text: str, a: int, b: int) -> TokenArray | None:
+        """Ids for `text[a:b]` as it stands behind `text[:a]`; None where no token border falls on `a`."""
+        if a == b:
+            return np.empty(0, np.int32)
+        if a == 0 or not self._vocab.adds_space_prefix:
+            return self._tokenize(text[a:b])
+        # An SPM vocabulary puts a space before every text it is given: take the ids out of the longer text instead.
+        before, missing = self._tokenize(text[:b]), len(text[a:b].encode())
+        first = len(before)
+        while missing > 0 and first > 0:
+            first -= 1
+            missing -= len(self._vocab.piece(int(before[first])))
+        return before[first:] if missing == 0 else None
+
+    def _tokenize(self, text: str) -> TokenArray:
+        tokens = self._tokens.get(text)
+        if tokens is None:
+            tokens = self._tokens[text] = self._vocab.tokenize(text)
+        return tokens
+
+    def _standing(self, region: Region, text: str, reply: SpokenReply, low: int) -> tuple[int, int, TokenArray] | None:
+        """Where in the stretch, from `low` on, a reply stands with its own ids: whole, or what the template left."""
+        spelled = self._spell(reply)
+        if spelled is None:
+            return None
+        ids, borders = spelled
+        content = reply.text
+        anchors = [(at, c) for at, c in ((region.a, region.start), (region.b, region.end)) if c is not None]
+        a = anchors[0][0] - anchors[0][1]
+        if a >= low and text.startswith(content, a):
+            return a, a + len(content), ids
+        best: tuple[int, int, TokenArray] | None = None
+        for at, c in anchors:
+            if at < low:
+                continue
+            back = n_common(text[low:at][::-1], content[:c][::-1])
+            ahead = n_common(text[at : at + len(content)], content[c:])
+            # What is left of a token that was cut through belongs to the template's text.
+            within = [k for k, border in enumerate(borders) if c - back <= border <= c + ahead]
+            if within and within[0] < within[-1]:
+                i, j = within[0], within[-1]
+                found = at + borders[i] - c, at + borders[j] - c, ids[i:j]
+                if best is None or found[1] - found[0] > best[1] - best[0]:
+                    best = found
+        return best
+
+    def _spell(self, reply: SpokenReply) -> tuple[TokenArray, list[int]] | None:
+        """A reply's ids, and the character that each token border falls on (-1: within one); None if they do not
+        spell its text."""
+        if reply not in self._spelled:
+            ids = list(reply.ids)
+            while ids and self._vocab.is_eog(ids[-1]):
+                ids.pop()
+            pieces = [self._vocab.piece(t) for t in ids]
+            data = b"".join(pieces)
+            result = None
+            if ids and data == reply.text.encode():
+                borders, at, n_chars = [0], 0, 0
+                for piece in pieces:
+                    n_chars += sum(byte & 0xC0 != 0x80 for byte in piece)
+                    at += len(piece)
+                    whole = at == len(data) or data[at] & 0xC0 != 0x80
+                    borders.append(n_chars if whole else -1)
+                result = np.array(ids, np.int32), borders
+            self._spelled[reply] = result
+        return self._spelled[reply]
+
+    def token_at(self, stretch: TextStretch, chars: Sequence[int]) -> list[int]:
+        """For each character of the stretch, the index in the prompt of the first token that begins at or after it."""
+        data = stretch.text.encode()
+        sizes = np.array([len(self._vocab.piece(int(token))) for token in stretch.tokens], np.int64)
+        # An SPM vocabulary may have put a space before the text.
+        begins = len(data) - int(sizes.sum()) + np.concatenate([[0], np.cumsum(sizes)])[:-1]
+        targets = [len(stretch.text[:char].encode()) for char in chars]
+        return [stretch.n_tokens_before + int(at) for at in np.searchsorted(begins, targets)]

@@ -1,0 +1,297 @@
+"""The pure half of kv/: which tokens come from where, which ids are free, and what a row remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from llama_sessions import Capabilities, MemoryKind, NoFreeSlot, Slots, StateError
+from llama_sessions.kv.plan import Plan, Share, Source, can_be_cut, make_plan
+from llama_sessions.kv.row import Row, common_prefix
+from llama_sessions.types import TokenArray
+
+FULL = Capabilities(
+    kind=MemoryKind.FULL, unified=True, n_ctx=1024, n_ctx_seq=1024, n_ctx_train=1024, n_batch=64, n_ubatch=64,
+    n_seq_max=6, n_vocab=100, n_swa=0, swa_full=True, can_shift=True, shift_refused_because="", kv_bytes_per_token=1,
+    model="none",
+)  # fmt: skip
+STREAMS = replace(FULL, unified=False)
+WINDOW = replace(FULL, kind=MemoryKind.WINDOW, n_swa=4)
+RECURRENT = replace(FULL, kind=MemoryKind.RECURRENT)
+HYBRID = replace(FULL, kind=MemoryKind.HYBRID)
+
+
+def ids(text: str) -> TokenArray:
+    """One token a letter."""
+    return np.array([ord(letter) for letter in text], np.int32)
+
+
+def plan(
+    target: str,
+    own: str = "",
+    *others: Source,
+    caps: Capabilities = FULL,
+    has_logits: bool = False,
+    wants_logits: bool = True,
+    first_pos: int = 0,
+) -> Plan:
+    row = Source("row", 2, ids(own), first_pos)
+    return make_plan(ids(target), row, others, caps, has_logits=has_logits, wants_logits=wants_logits)
+
+
+def prefix(text: str, first_pos: int = 0) -> Source:
+    return Source("prefix", 0, ids(text), first_pos)
+
+
+def live(text: str, seq_id: int = 3, first_pos: int = 0) -> Source:
+    return Source("live", seq_id, ids(text), first_pos)
+
+
+# -- common_prefix
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), max_size=40), st.integers(0, 40))
+def test_common_prefix_equals_a_loop(a: list[int], b: list[int], shared: int) -> None:
+    b = a[:shared] + b
+    expected = 0
+    while expected < min(len(a), len(b)) and a[expected] == b[expected]:
+        expected += 1
+    assert common_prefix(np.array(a, np.int32), np.array(b, np.int32)) == expected
+
+
+# -- plan: full attention
+
+
+def test_a_new_conversation_is_decoded_whole() -> None:
+    assert plan("hello") == Plan(5, 0, None)
+    assert plan("hello").n_decode == 5
+
+
+def test_what_the_own_row_holds_is_kept() -> None:
+    assert plan("hello there", "hello") == Plan(11, 5)
+    assert plan("hello there", "help") == Plan(11, 3)
+
+
+def test_one_token_is_left_to_decode_where_logits_are_not_known() -> None:
+    assert plan("hello", "hello") == Plan(5, 4)
+    assert plan("hello", "hello there") == Plan(5, 4)
+    assert plan("hello", "", live("hello there")) == Plan(5, 0, Share("live", 3, 0, 4))
+
+
+def test_an_unchanged_row_with_its_logits_needs_no_decode() -> None:
+    assert plan("hello", "hello", has_logits=True) == Plan(5, 5)
+    assert plan("hello", "hello", has_logits=True).n_decode == 0
+
+
+def test_logits_of_a_longer_row_are_of_no_use() -> None:
+    assert plan("hello", "hello there", has_logits=True) == Plan(5, 4)
+
+
+def test_a_prompt_that_wants_no_logits_may_be_reused_whole() -> None:
+    assert plan("hello", "hello", wants_logits=False) == Plan(5, 5)
+    assert plan("hello", "", prefix("hello!"), wants_logits=False) == Plan(5, 0, Share("prefix", 0, 0, 5))
+
+
+def test_an_empty_prompt_needs_nothing() -> None:
+    assert plan("", "old", wants_logits=False) == Plan(0, 0)
+    assert plan("", "", prefix("abc")) == Plan(0, 0)
+
+
+def test_the_own_row_comes_before_others_that_hold_as_much() -> None:
+    assert plan("hello there", "hello ", prefix("hello "), live("hello !")) == Plan(11, 6)
+
+
+def test_the_prefix_comes_before_live_rows_that_hold_as_much() -> None:
+    assert plan("hello there", "", prefix("hello"), live("hello")).share == Share("prefix", 0, 0, 5)
+
+
+def test_the_longest_of_all_rows_is_taken() -> None:
+    found = plan("hello there", "he", prefix("hello"), live("hello t", 3), live("hello the", 4), live("hello th", 5))
+    assert found == Plan(11, 2, Share("live", 4, 2, 9))
+
+
+def test_what_the_own_row_lacks_is_shared_behind_what_it_keeps() -> None:
+    found = plan("hello there", "hello", live("hello thing"))
+    assert found == Plan(11, 5, Share("live", 3, 5, 8))
+    assert (found.n_reused, found.n_decode) == (8, 3)
+
+
+def test_a_full_row_that_lost_its_beginning_is_not_used() -> None:
+    assert plan("hello", "", live("hello!", first_pos=1)) == Plan(5, 0)
+
+
+# -- plan: streams, windows, states
+
+
+def test_a_row_of_a_stream_is_shared_from_its_beginning() -> None:
+    assert plan("hello there", "hello", live("hello thing"), caps=STREAMS) == Plan(11, 0, Share("live", 3, 0, 8))
+
+
+def test_a_stream_that_holds_no_more_than_the_own_row_is_not_copied() -> None:
+    assert plan("hello there", "hello t", live("hello t"), caps=STREAMS) == Plan(11, 7)
+
+
+@pytest.mark.parametrize(("n", "first_pos", "may"), [(10, 6, True), (10, 7, False), (3, 0, True), (3, 1, False)])
+def test_a_row_with_a_window_may_be_cut_where_the_window_of_the_next_token_is_whole(
+    n: int, first_pos: int, may: bool
+) -> None:
+    assert can_be_cut(live("x" * 12, first_pos=first_pos), n, WINDOW) is may
+
+
+def test_an_own_row_whose_window_is_gone_is_decoded_anew() -> None:
+    assert plan("hello there", "hello them", caps=WINDOW, first_pos=6) == Plan(11, 0)
+    assert plan("hello there", "hello them", caps=WINDOW, first_pos=5) == Plan(11, 9)
+
+
+def test_a_window_comes_from_one_row() -> None:
+    found = plan("hello there", "hello", live("hello thing"), caps=WINDOW)
+    assert found == Plan(11, 0, Share("live", 3, 0, 8))
+
+
+def test_of_rows_with_a_window_the_longest_that_is_whole_is_taken() -> None:
+    found = plan("hello there", "", live("hello the", 3, first_pos=6), live("hello th", 4, first_pos=4), caps=WINDOW)
+    assert found.share == Share("live", 4, 0, 8)
+
+
+@pytest.mark.parametrize("caps", [RECURRENT, HYBRID])
+def test_a_state_is_kept_only_as_a_whole(caps: Capabilities) -> None:
+    assert plan("hello there", "hello", caps=caps) == Plan(11, 5)
+    assert plan("hello there", "help", caps=caps) == Plan(11, 0)
+    assert plan("hello", "hello", caps=caps) == Plan(5, 0)
+    assert plan("hello", "hello", caps=caps, has_logits=True) == Plan(5, 5)
+
+
+@pytest.mark.parametrize("caps", [RECURRENT, HYBRID])
+def test_a_state_is_shared_only_as_a_whole(caps: Capabilities) -> None:
+    found = plan("hello there", "help", prefix("hel"), live("hello them"), live("hello ", 4), caps=caps)
+    assert found == Plan(11, 0, Share("live", 4, 0, 6))
+
+
+@pytest.mark.parametrize("caps", [RECURRENT, HYBRID])
+def test_the_own_state_comes_before_a_shorter_one(caps: Capabilities) -> None:
+    assert plan("hello there", "hello", prefix("hel"), caps=caps) == Plan(11, 5)
+
+
+def test_nothing_can_always_be_cut_to_and_never_more_than_there_is() -> None:
+    for caps in (FULL, STREAMS, WINDOW, RECURRENT, HYBRID):
+        assert can_be_cut(live("abc", first_pos=2), 0, caps)
+        assert not can_be_cut(live("abc"), 4, caps)
+
+
+texts = st.text(alphabet="ab", max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts, texts, st.lists(texts, max_size=4), st.booleans(), st.booleans(), st.sampled_from([FULL, STREAMS]))
+def test_a_plan_decodes_exactly_what_no_row_holds(
+    target: str, own: str, rows: list[str], has_logits: bool, wants_logits: bool, caps: Capabilities
+) -> None:
+    sources = [live(text, 3 + i) for i, text in enumerate(rows)]
+    found = plan(target, own, *sources, caps=caps, has_logits=has_logits, wants_logits=wants_logits)
+    longest = max(common_prefix(ids(target), ids(text)) for text in [own, *rows])
+    if has_logits and own == target:
+        assert found.n_decode == 0
+    else:
+        assert found.n_decode == len(target) - min(longest, max(0, len(target) - wants_logits))
+    assert own.startswith(target[: found.n_keep])
+    if found.share is not None:
+        assert rows[found.share.seq_id - 3].startswith(target[: found.share.p1])
+        assert found.share.p0 == found.n_keep
+
+
+# -- slots
+
+
+def test_the_lowest_free_id_is_handed_out_first() -> None:
+    slots = Slots(5, 2)
+    assert [slots.acquire() for _ in range(3)] == [2, 3, 4]
+    slots.release(4)
+    slots.release(2)
+    assert [slots.acquire(), slots.acquire()] == [2, 4]
+
+
+def test_capacity_counts_sessions_only() -> None:
+    slots = Slots(5, 2)
+    slots.acquire()
+    assert (slots.capacity, slots.n_free, slots.used()) == (3, 2, {2})
+
+
+def test_no_free_slot_says_how_many_there_are_and_what_to_do() -> None:
+    slots = Slots(4, 2)
+    slots.acquire(), slots.acquire()
+    with pytest.raises(NoFreeSlot) as raised:
+        slots.acquire()
+    assert str(raised.value) == "no free slot: 2 of 2 in use; raise max_sessions, release or park a session"
+    assert (raised.value.needed, raised.value.available, raised.value.unit) == (1, 0, "slots")
+    assert (slots.n_free, slots.used()) == (0, {2, 3})
+
+
+def test_reserved_ids_are_never_handed_out() -> None:
+    slots = Slots(4, 2)
+    assert [slots.is_reserved(i) for i in (-1, 0, 1, 2, 3)] == [False, True, True, False, False]
+    assert {slots.acquire(), slots.acquire()} == {2, 3}
+
+
+@pytest.mark.parametrize("seq_id", [0, 2, 7, -1])
+def test_an_id_that_was_not_handed_out_cannot_be_released(seq_id: int) -> None:
+    slots = Slots(4, 2)
+    slots.release(slots.acquire())
+    with pytest.raises(StateError, match=f"slot {seq_id} is not in use"):
+        slots.release(seq_id)
+    assert slots.n_free == 2
+
+
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 5))
+def test_slots_behave_as_a_sorted_set(moves: Sequence[int], n: int) -> None:
+    slots, free, used = Slots(n + 1, 1), set(range(1, n + 1)), set[int]()
+    for move in moves:
+        if move == 0 and free:
+            expected = min(free)
+            assert slots.acquire() == expected
+            free.remove(expected)
+            used.add(expected)
+        elif move in used:
+            slots.release(move)
+            used.remove(move)
+            free.add(move)
+        assert (slots.n_free, slots.used()) == (len(free), used)
+
+
+# -- rows
+
+
+def test_a_row_grows_and_keeps_what_it_held() -> None:
+    row = Row(3)
+    expected: list[int] = []
+    for n in (1, 255, 1, 600, 3000):
+        row.write(row.n, np.arange(n, dtype=np.int32), np.arange(n, dtype=np.int64) + row.n)
+        row.n += n
+        expected += range(n)
+    assert row.tokens.tolist() == expected
+    assert row.cells.tolist() == list(range(len(expected)))
+    assert (row.tokens.dtype, row.cells.dtype) == (np.int32, np.int64)
+
+
+@pytest.mark.parametrize("n", [10, 1000])
+def test_what_is_written_is_not_in_the_row_before_it_is_committed(n: int) -> None:
+    row = Row(3)
+    row.write(0, ids("abc"), np.arange(3))
+    row.n = 3
+    row.write(3, np.zeros(n, np.int32), np.zeros(n, np.int64))
+    assert row.tokens.tolist() == ids("abc").tolist()
+    assert row.cells.tolist() == [0, 1, 2]
+
+
+def test_a_row_that_is_cut_is_written_over() -> None:
+    row = Row(3)
+    row.write(0, ids("abcdef"), np.arange(6))
+    row.n = 2
+    row.write(2, ids("XY"), np.array([7, 8]))
+    row.n = 4
+    assert row.tokens.tolist() == ids("abXY").tolist()
+    assert row.cells.tolist() == [0, 1, 7, 8]

@@ -347,16 +347,11 @@ class ContextManager:
     def hold(self, session: Session, holder: object) -> None:
         """Only `holder` may change the session's row until `let_go`. For engines and pools."""
         with self._entry.changing():
-            seat = self._seats.get(session, holder)
-            if seat is None:
-                seat = self._seats.take(session)
-            seat.holder = holder
+            self._seats.hold(session, holder)
 
     def let_go(self, session: Session, holder: object) -> None:
         """End a `hold`. Never waits, never raises: it may be called from a finaliser."""
-        for other, seat in self._seats.items():
-            if other is session and seat.holder is holder:
-                seat.holder = None
+        self._seats.let_go(session, holder)
 
     # -- looking at it
 

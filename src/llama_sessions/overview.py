@@ -65,7 +65,7 @@ class Overview:
         if self.prefix.row is not None:
             lines.append(f"  prefix     {self.prefix.n_tokens:6d} tokens")
         for session, seat in self.seats.items():
-            state = "generating" if seat.holder is not None else "idle"
+            state = "generating" if self.seats.is_held(session) else "idle"
             space = "" if seat.row.namespace is None else f", namespace {seat.row.namespace!r}"
             n_messages = len(session.messages)
             lines.append(f"  slot {seat.row.seq_id:5d} {seat.row.n:6d} tokens, {n_messages} messages, {state}{space}")

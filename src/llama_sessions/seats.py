@@ -22,12 +22,11 @@ _owners: weakref.WeakKeyDictionary[Session, weakref.ref[Seats]] = weakref.WeakKe
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """What a manager keeps for one session. `holder`: the engine or pool that is generating for it."""
+    """What a manager keeps for one session."""
 
     row: Row
     finalizer: Any
     n_begun: int = 0  # which `begin` is the last one; an older Pending is void
-    holder: object | None = None
     logits: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
 
 
@@ -38,6 +37,7 @@ class Seats:
         self._store = store
         self._slots = slots
         self._seats: weakref.WeakKeyDictionary[Session, Seat] = weakref.WeakKeyDictionary()
+        self._holders: weakref.WeakKeyDictionary[Session, object] = weakref.WeakKeyDictionary()
         self._left: deque[int] = deque()
 
     def __len__(self) -> int:
@@ -63,10 +63,22 @@ class Seats:
         owner = None if ref is None else ref()
         if owner is not None and owner is not self and session in owner._seats:
             raise StateError("the session belongs to another manager; release it there, or fork its messages")
-        seat = self._seats.get(session)
-        if seat is not None and not reading and seat.holder not in (None, holder):
+        if not reading and self._holders.get(session, holder) is not holder:
             raise StateError("the session is generating; finish or close its stream first")
-        return seat
+        return self._seats.get(session)
+
+    def hold(self, session: Session, holder: object) -> None:
+        """Only `holder` may change the session's row until `let_go`; needs no seat."""
+        self.get(session, holder)
+        self._holders[session] = holder
+
+    def let_go(self, session: Session, holder: object) -> None:
+        """End a `hold`; nothing if it is not this holder's."""
+        if self._holders.get(session) is holder:
+            self._holders.pop(session, None)
+
+    def is_held(self, session: Session) -> bool:
+        return session in self._holders
 
     def take(self, session: Session) -> Seat:
         """A seat with an empty row; NoFreeSlot where all slots are in use."""

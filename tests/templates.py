@@ -235,6 +235,7 @@ def load_vocab(name: str) -> tuple[LlamaVocab, PlainVocab]:
 _loaded: list[Any] = []
 
 
+@cache
 def formatter(template: str, vocab: LlamaVocab) -> ChatTemplate:
     """The chat template of that name (or Jinja source), with the BOS and EOS of a vocabulary."""
     assert vocab.bos is not None

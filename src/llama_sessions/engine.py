@@ -10,6 +10,7 @@ from .errors import Cancelled, OptionError, StateError
 from .generation import Generation
 from .manager import ContextManager
 from .options import SamplingOptions
+from .prompts import message_list
 from .report import Chunk, Reply
 from .session import Session, check_message
 
@@ -19,6 +20,8 @@ class Stream(Iterator[Chunk]):
 
     Closing it early (`close`, leaving a `with`, or dropping it) ends the reply with what was said so far.
     """
+
+    _state = "over"  # until __init__ is through: __del__ comes after an interrupted one too
 
     def __init__(self, cm: ContextManager, generation: Generation) -> None:
         self._cm = cm
@@ -119,9 +122,7 @@ class Engine:
 
     def regenerate(self, session: Session, **options: Any) -> Reply:
         """Answer the last user message anew. The old reply comes back if this fails before its first token."""
-        messages = session.messages
-        if not isinstance(messages, list):
-            raise OptionError(f"session.messages must be a list of messages, not {messages!r}")
+        messages = message_list(session)
         if not messages or check_message(messages[-1], "the last message")["role"] != "assistant":
             raise StateError("there is no reply to regenerate: the last message is not the assistant's")
         old = messages[-1]

@@ -14,6 +14,7 @@ from .llama.sampler import Sampler
 from .manager import ContextManager
 from .options import SamplingOptions, checked_text
 from .pending import NextToken, Pending, PromptChunk, Work
+from .prompts import message_list
 from .report import Chunk, Reply
 from .session import Session, check_message
 from .text_stream import TextStream
@@ -27,13 +28,12 @@ class Generation:
     """
 
     def __init__(self, cm: ContextManager, session: Session, text: str | None, options: SamplingOptions) -> None:
-        if not isinstance(session.messages, list):
-            raise OptionError(f"session.messages must be a list of messages, not {session.messages!r}")
+        messages = message_list(session)
         if text is not None:
             checked_text("the user's text", text)
-        elif not session.messages:
+        elif not messages:
             raise OptionError("there is nothing to answer: the session has no messages; pass a text")
-        elif check_message(session.messages[-1], "the last message")["role"] == "assistant":
+        elif check_message(messages[-1], "the last message")["role"] == "assistant":
             raise OptionError("the last message is the assistant's already; pass a text, or use regenerate")
         self.session = session
         self.reply: Reply | None = None

@@ -144,6 +144,7 @@ class Marker:
         words = _trie_patterns(control)
         self._untrusted = re.compile("|".join([*MARKS, *words]))
         self._marks_only = re.compile(f"[{''.join(MARKS)}]")
+        self._control_only = re.compile("|".join(words) or "(?!)")
         marks = [f"{OPEN}(?P<index>\\d+):(?P<start>-?\\d+){BAR}", f"{CLOSE}(?P<closed>\\d+):(?P<end>-?\\d+){BAR}",
                  f"{LITERAL}(?P<literal>\\d+){LITERAL_END}"]  # fmt: skip
         self._marks = re.compile("|".join(marks))
@@ -168,13 +169,20 @@ class Marker:
         """The messages whose marks are in what a template wrote."""
         return {int(m["index"] or m["closed"]) for m in self._marks.finditer(marked) if not m["literal"]}
 
-    def defuse(self, text: str, *, trusted: bool = False) -> str:
-        """`text` without control-token text (trusted: control stays) and without characters that look like marks."""
+    def _mark(self, m: re.Match[str]) -> str:
+        return f"{LITERAL}{self._literal_of[m[0]]}{LITERAL_END}"
 
-        def mark(m: re.Match[str]) -> str:
-            return f"{LITERAL}{self._literal_of[m[0]]}{LITERAL_END}"
+    def without_marks(self, text: str) -> str:
+        """`text` without characters that look like marks."""
+        return self._marks_only.sub(self._mark, text)
 
-        return (self._marks_only if trusted else self._untrusted).sub(mark, text)
+    def without_control(self, text: str) -> str:
+        """`text` without control-token text; marks stay."""
+        return self._control_only.sub(self._mark, text)
+
+    def defuse(self, text: str) -> str:
+        """`text` without control-token text and without characters that look like marks."""
+        return self._untrusted.sub(self._mark, text)
 
     def defuse_all(self, value: Any) -> Any:
         """The same for every text inside lists and dicts (tool calls, tool definitions)."""

@@ -16,6 +16,14 @@ from .session import Session, SpokenReply, check_message
 from .types import Message, TokenArray
 
 
+def message_list(session: Session) -> list[Message]:
+    """The session's own list; OptionError where somebody put something else in its place."""
+    messages = session.messages
+    if not isinstance(messages, list):
+        raise OptionError(f"session.messages must be a list of messages, not {messages!r}")
+    return messages
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """What the template is to see (system text first), and what is known beside each message."""
@@ -40,9 +48,7 @@ class Prompter:
     def conversation(self, session: Session) -> Conversation:
         """Calls the `before_encode` hook, so not under the lock. The session's own system text wins, then a system
         message at the head of its messages, then the manager's."""
-        if not isinstance(session.messages, list | tuple):
-            raise OptionError(f"session.messages must be a list of messages, not {session.messages!r}")
-        messages = list(session.messages)
+        messages = list(message_list(session))
         brings_own = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
         system = session.system if session.system is not None else None if brings_own else self._prefix.text
         if system:

@@ -63,8 +63,12 @@ class Renderer:
         for i, message in enumerate(messages):
             check_message(message, f"message {i}")
         replies = replies if replies is not None else [None] * len(messages)
-        marked = self._writer.write(messages, replies, tools, variables, reply_header)
-        trusted = {i for i, reply in enumerate(replies) if reply is not None and reply.trusted}
+        trusted = {
+            i
+            for i, reply in enumerate(replies)
+            if reply is not None and (reply.trusted or self._tokenizer.says_control(reply, self._marker))
+        }
+        marked = self._writer.write(messages, trusted, tools, variables, reply_header)
         return self._assemble(split(marked, self._marker, self._vocab, trusted), replies)
 
     def stem(
@@ -76,15 +80,16 @@ class Renderer:
     ) -> TokenArray:
         """The tokens that every conversation with this system text begins with.
 
-        The longest common prefix of two whole renders that differ in the first user message: rendering the system
-        message alone gives wrong text on most templates.
+        The longest common prefix of whole renders that differ in the first user message: rendering the system message
+        alone gives wrong text on most templates. Several, as the first letters of a text may be one token with what
+        stands before it.
         """
         head: list[Message] = [{"role": "system", "content": system}] if system else []
-        a, b = (
+        first, *others = (
             self.render([*head, {"role": "user", "content": text}], tools=tools, variables=variables).tokens
-            for text in ("A", "B")
+            for text in ("A", "B", "hello", "the", "1")
         )
-        return a[: common_prefix(a, b)]
+        return first[: min(common_prefix(first, other) for other in others)]
 
     def spans(self, rendered: Rendered, messages: Sequence[Message]) -> tuple[Span, ...]:
         """The tokens of each message, frame included; see `message_spans`."""
@@ -101,12 +106,13 @@ class Renderer:
     def _assemble(self, stretches: list[TextStretch], replies: Sequence[SpokenReply | None]) -> Rendered:
         arrays: list[TokenArray] = []
         texts: list[str] = []
-        n = n_kept = 0
+        n = 0
+        all_kept: set[int] = set()
         for stretch in stretches:
             stretch.n_tokens_before = n
             tokens, kept = self._tokenizer.tokens(stretch, replies)
             stretch.tokens = tokens
-            n_kept += kept
+            all_kept |= kept
             texts.append(stretch.text)
             if len(tokens):
                 arrays.append(tokens)
@@ -123,7 +129,7 @@ class Renderer:
                 stretch.n_tokens_before = max(0, stretch.n_tokens_before + moved)
         if not len(fixed):
             raise TemplateError("the chat template rendered to nothing")
-        return Rendered(fixed, "".join(texts), tuple(stretches), n_kept)
+        return Rendered(fixed, "".join(texts), tuple(stretches), len(all_kept))
 
     def _one_bos(self, tokens: TokenArray) -> TokenArray:
         """Exactly one BOS where the vocabulary adds one, whether the template writes none, one or two."""

@@ -27,6 +27,20 @@ def check_message(message: object, where: str) -> Message:
     return message
 
 
+def checked_tools(tools: object) -> Sequence[Mapping[str, Any]]:
+    """OpenAI-style tool definitions, else OptionError."""
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise OptionError(f"tools must be a list of dicts (OpenAI tool definitions), not {tools!r}")
+    return tools
+
+
+def checked_variables(variables: object) -> Mapping[str, Any]:
+    """Variables for a chat template, by name, else OptionError."""
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise OptionError(f"template_kwargs must be a dict with names as keys, not {variables!r}")
+    return variables
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SpokenReply:
     """What is known about an assistant message beside its dict: the ids that spelled it, or that it is trusted.
@@ -60,8 +74,8 @@ class Session:
     ) -> None:
         self.system = None if system is None else checked_text("system", system)
         self.namespace = None if namespace is None else checked_text("namespace", namespace)
-        self.tools = None if tools is None else [dict(tool) for tool in tools]
-        self.template_kwargs = dict(template_kwargs or {})
+        self.tools = None if tools is None else [dict(tool) for tool in checked_tools(tools)]
+        self.template_kwargs = dict(checked_variables(template_kwargs or {}))
         self.messages: list[Message] = []
         self.n_past = 0
         self.last_prepare: PrepareReport | None = None

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
+from .marks import Marker
 from .memo import Memo
 from .session import SpokenReply
 from .stretches import Region, TextStretch
@@ -27,20 +29,23 @@ class StretchTokenizer:
     def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
         self._tokens: Memo[str, TokenArray] = Memo(16384)
+        self._says_control: Memo[SpokenReply, bool] = Memo(4096)
         self._spelled: Memo[SpokenReply, tuple[TokenArray, list[int]] | None] = Memo(4096)
 
-    def tokens(self, stretch: TextStretch, replies: Sequence[SpokenReply | None]) -> tuple[TokenArray, int]:
-        """Ids of a stretch, and how many replies kept their own in it."""
+    def tokens(self, stretch: TextStretch, replies: Sequence[SpokenReply | None]) -> tuple[TokenArray, set[int]]:
+        """Ids of a stretch, and the messages that kept their own in it."""
         text = stretch.text
         if not text:
-            return np.empty(0, np.int32), 0
+            return np.empty(0, np.int32), set()
         cuts: list[tuple[int, int, TokenArray]] = []
+        kept = set()
         for region in stretch.regions:
             reply = replies[region.index] if region.index < len(replies) else None
             if reply is not None and reply.ids:
                 cut = self._standing(region, text, reply, cuts[-1][1] if cuts else 0)
                 if cut is not None:
                     cuts.append(cut)
+                    kept.add(region.index)
         if cuts:
             pieces: list[TokenArray] = []
             at = 0
@@ -53,8 +58,8 @@ class StretchTokenizer:
                     pieces.append(ids)
                 at = b
             else:
-                return np.concatenate(pieces), len(cuts)
-        return self._tokenize(text), 0
+                return np.concatenate(pieces), kept
+        return self._tokenize(text), set()
 
     def _fresh_tokens(self, text: str, a: int, b: int) -> TokenArray | None:
         """Ids for `text[a:b]` as it stands behind `text[:a]`; None where no token border falls on `a`."""
@@ -63,12 +68,24 @@ class StretchTokenizer:
         if a == 0 or not self._vocab.adds_space_prefix:
             return self._tokenize(text[a:b])
         # An SPM vocabulary puts a space before every text it is given: take the ids out of the longer text instead.
-        before, missing = self._tokenize(text[:b]), len(text[a:b].encode())
-        first = len(before)
-        while missing > 0 and first > 0:
-            first -= 1
-            missing -= len(self._vocab.piece(int(before[first])))
-        return before[first:] if missing == 0 else None
+        tokens = self._tokenize(text[:b])
+        begins = self._begins(text[:b].encode(), tokens)
+        first, target = int(np.searchsorted(begins, len(text[:a].encode()))), len(text[:a].encode())
+        return tokens[first:] if first < len(tokens) and begins[first] == target else None
+
+    def _begins(self, data: bytes, tokens: TokenArray) -> npt.NDArray[np.int64]:
+        """For each token of a text the byte that it begins at."""
+        pieces = [self._vocab.piece(int(token)) for token in tokens]
+        if not self._vocab.adds_space_prefix:
+            return np.cumsum([0, *map(len, pieces)])[:-1]
+        begins = np.empty(len(pieces), np.int64)
+        at = 0
+        for i, piece in enumerate(pieces):
+            begins[i] = at
+            # Before text, and behind a user-defined token in it, stands a space that is not in the text.
+            not_there = piece[:1] == b" " and not data.startswith(piece, at)
+            at += len(piece) - not_there
+        return begins
 
     def _tokenize(self, text: str) -> TokenArray:
         tokens = self._tokens.get(text)
@@ -125,9 +142,20 @@ class StretchTokenizer:
 
     def token_at(self, stretch: TextStretch, chars: Sequence[int]) -> list[int]:
         """For each character of the stretch, the index in the prompt of the first token that begins at or after it."""
-        data = stretch.text.encode()
-        sizes = np.array([len(self._vocab.piece(int(token))) for token in stretch.tokens], np.int64)
-        # An SPM vocabulary may have put a space before the text.
-        begins = len(data) - int(sizes.sum()) + np.concatenate([[0], np.cumsum(sizes)])[:-1]
+        begins = self._begins(stretch.text.encode(), stretch.tokens)
         targets = [len(stretch.text[:char].encode()) for char in chars]
         return [stretch.n_tokens_before + int(at) for at in np.searchsorted(begins, targets)]
+
+    def says_control(self, reply: SpokenReply, marker: Marker) -> bool:
+        """Whether there is special-token text in a reply, and all of it was sampled as those tokens."""
+        says = self._says_control.get(reply)
+        if says is None:
+            found = list(marker.scan.finditer(reply.text))
+            spelled = self._spell(reply) if found else None
+            says = False
+            if spelled is not None:
+                ids, borders = spelled
+                at = dict(zip(borders, ids.tolist(), strict=False))
+                says = all(m.lastgroup is None and at.get(m.start()) == marker.control[m[0]] for m in found)
+            self._says_control[reply] = says
+        return says

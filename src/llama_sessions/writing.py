@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import OptionError, TemplateError
 from .marks import Marker, Said
 from .memo import Memo
-from .session import SpokenReply
+from .session import checked_tools, checked_variables
 from .types import Formatter, Message
 
-_RESERVED = frozenset({"messages", "tools", "functions", "function_call", "tool_choice", "add_generation_prompt",
-                       "reply_header", "bos_token", "eos_token", "raise_exception", "strftime_now"})  # fmt: skip
+_RESERVED = frozenset(
+    ["self", "messages", "tools", "functions", "function_call", "tool_choice", "add_generation_prompt"]
+    + ["reply_header", "bos_token", "eos_token", "raise_exception", "strftime_now"]
+)
 _PLAIN = ("role", "content")  # checked, and handled apart
 
 
@@ -51,11 +53,11 @@ class TemplateWriter:
         self._refuses_system: bool | None = None
         self._sees_marks = bool(getattr(formatter, "looks_at_written_text", False)) or self._probe_marks()
 
-    def _shown(self, messages: Sequence[Message], replies: Sequence[SpokenReply | None]) -> list[Shown]:
+    def _shown(self, messages: Sequence[Message], trusted: Set[int]) -> list[Shown]:
         """What the template may see of the messages."""
         shown = []
         defuse_all = self._marker.defuse_all
-        for i, (message, reply) in enumerate(zip(messages, replies, strict=True)):
+        for i, message in enumerate(messages):
             fields = {
                 k if k in _PLAIN else defuse_all(k): v if k in _PLAIN else defuse_all(v) for k, v in message.items()
             }
@@ -63,12 +65,11 @@ class TemplateWriter:
             if content is None:
                 shown.append(Shown(fields, i, 0, None, None))
                 continue
-            trusted = reply is not None and reply.trusted
-            texts = self._safe.get((trusted, content))
+            key = (i in trusted, content)
+            texts = self._safe.get(key)
             if texts is None:
-                unmarked = self._marker.defuse(content, trusted=True)
-                texts = unmarked, unmarked if trusted else self._marker.defuse(content)
-                self._safe[(trusted, content)] = texts
+                unmarked = self._marker.without_marks(content)
+                texts = self._safe[key] = unmarked, unmarked if i in trusted else self._marker.defuse(content)
             shown.append(Shown(fields, i, 0, *texts))
         return shown
 
@@ -93,25 +94,25 @@ class TemplateWriter:
     def write(
         self,
         messages: Sequence[Message],
-        replies: Sequence[SpokenReply | None],
+        trusted: Set[int],
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any] | None,
         reply_header: bool,
     ) -> str:
-        """What the template writes, with marks in it.
+        """What the template writes, with marks in it. `trusted`: messages whose special-token text is control.
 
         One render is enough, unless there is special-token text that the template might look at, or it looks at text
         that it has put together. Then it is asked again without marks, and what it wrote is compared.
         """
         marker = self._marker
-        shown = self._fold_system(self._shown(messages, replies))
+        shown = self._fold_system(self._shown(messages, trusted))
 
         def write(content: Callable[[Shown], str | None]) -> str:
             seen = [m.fields if m.text is None else {**m.fields, "content": content(m)} for m in shown]
             return self._format(seen, tools, variables, reply_header)
 
         def said(m: Shown) -> str:
-            return Said(m.text or "", m.index, m.start, marker.defuse if m.is_hot else None)
+            return Said(m.text or "", m.index, m.start, marker.without_control if m.is_hot else None)
 
         hot = {m.index for m in shown if m.is_hot}
         if not hot:
@@ -152,12 +153,13 @@ class TemplateWriter:
         variables: Mapping[str, Any] | None,
         reply_header: bool,
     ) -> str:
-        clash = _RESERVED & set(variables or ())
+        variables = checked_variables(variables or {})
+        clash = _RESERVED & set(variables)
         if clash:
             raise OptionError(f"template_kwargs must not set {', '.join(sorted(clash))}: the renderer does")
-        given = {**self._variables, **(variables or {})}
+        given = {**self._variables, **variables}
         if tools is not None:
-            given["tools"] = self._marker.defuse_all(tools)
+            given["tools"] = self._marker.defuse_all(checked_tools(tools))
         return self._formatter.render(messages, reply_header=reply_header, **given)
 
     def _probe_marks(self) -> bool:

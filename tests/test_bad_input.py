@@ -156,12 +156,12 @@ DAMAGE = """
 """
 
 
-@pytest.mark.parametrize(("name", "seed"), [("llama-bpe", 1), ("gemma3", 2), ("hybrid", 3)])
+@pytest.mark.parametrize(("name", "seed"), [("llama-bpe", 1), ("gemma3", 2)])
 def test_a_cut_or_damaged_file_is_a_model_error_or_loads(name: str, seed: int, tmp_path: Path) -> None:
-    counts = eval(run_child(DAMAGE, name, str(tmp_path / "damaged.gguf"), str(seed), "15"))
+    counts = eval(run_child(DAMAGE, name, str(tmp_path / "damaged.gguf"), str(seed), "8"))
     assert {code for _, code in counts} <= {0, 10}
-    assert counts["cut", 10] == 15
-    assert sum(n for (_, code), n in counts.items() if code == 10) > 30
+    assert counts["cut", 10] == 8
+    assert sum(n for (_, code), n in counts.items() if code == 10) > 16
 
 
 @pytest.mark.xfail(strict=True, reason="llama.cpp asserts on it while loading (llama-vocab.cpp: GGML_ASSERT)")
@@ -258,7 +258,7 @@ def test_options_at_their_limits_and_against_one_another_live_or_are_refused_but
         n_loaded = 0
         for name in ("llama-bpe", "gemma3", "mamba"):
             for n_ctx, max_sessions, n_batch, unified in itertools.product(
-                (3, 256, 300), (1, 2, 254), (3, 4, 256, 2**20), (True, False)
+                (3, 300), (1, 2, 254), (4, 256, 2**20), (True, False)
             ):
                 try:
                     cm = ContextManager.load(
@@ -293,7 +293,7 @@ def test_options_at_their_limits_and_against_one_another_live_or_are_refused_but
     *errors, n_loaded = out.splitlines()
     assert [line.split(" |")[0] for line in errors] == ["ModelError", "ModelError"]
     assert "quantized V cache requires flash_attn" in errors[1]
-    assert int(n_loaded) > 60
+    assert int(n_loaded) > 40
 
 
 def test_a_failed_load_leaves_nothing_behind(load: Loader) -> None:

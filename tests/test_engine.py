@@ -592,7 +592,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": -1}, "top_k"),
     ({"top_k": 2**31}, "top_k"),
     ({"top_k": 1.5}, "top_k must be an integer"),
-    ({"repeat_penalty": 0.0}, "repeat_penalty must be above 0"),
+    ({"repeat_penalty": 0.0}, "repeat_penalty must be a finite number from 0.01 to 100"),
     ({"repeat_penalty": math.nan}, "repeat_penalty"),
     ({"frequency_penalty": math.inf}, "frequency_penalty"),
     ({"presence_penalty": 101}, "presence_penalty"),

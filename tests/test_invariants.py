@@ -118,8 +118,17 @@ def decode_fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
 
 
 # What llama_decode can answer, and how much of its work is then done. 1 and -1 leave the memory as it was.
-CODES = [(1, "before"), (-1, "before")] + [(code, how) for code in (2, -2, -3) for how in ("before", "half", "after")]
-INTERRUPTS = [(KeyboardInterrupt(), "before"), (KeyboardInterrupt(), "half"), (KeyboardInterrupt(), "after")]
+FAULTS: list[tuple[Any, str]] = [
+    (1, "before"),
+    (-1, "before"),
+    (2, "before"),
+    (2, "half"),
+    (-2, "half"),
+    (-3, "after"),
+    (KeyboardInterrupt(), "before"),
+    (KeyboardInterrupt(), "half"),
+    (KeyboardInterrupt(), "after"),
+]
 
 
 def fault_id(value: Any) -> str:
@@ -159,7 +168,7 @@ def test_1_row_truth_tokens_and_positions_agree_after_every_call(cm: ContextMana
     check(child, text + " abc")
 
 
-@pytest.mark.parametrize(("outcome", "when"), CODES + INTERRUPTS, ids=fault_id)
+@pytest.mark.parametrize(("outcome", "when"), FAULTS, ids=fault_id)
 def test_1_row_truth_holds_right_after_a_failed_decode(
     cm: ContextManager, decode_fault: Fault, outcome: Any, when: str
 ) -> None:
@@ -214,7 +223,7 @@ def test_3_isolation_of_a_parent_from_what_its_fork_does(cm: ContextManager, dee
     assert_exact(cm, parent)
 
 
-@pytest.mark.parametrize(("outcome", "when"), CODES + INTERRUPTS, ids=fault_id)
+@pytest.mark.parametrize(("outcome", "when"), FAULTS, ids=fault_id)
 def test_3_isolation_of_a_parent_from_a_failure_of_its_fork(
     cm: ContextManager, decode_fault: Fault, outcome: Any, when: str
 ) -> None:
@@ -317,7 +326,7 @@ def test_6_no_silent_cut_cells_that_others_hold_are_a_capacity_error_with_number
 # -- 7
 
 
-@pytest.mark.parametrize(("outcome", "when"), CODES + INTERRUPTS, ids=fault_id)
+@pytest.mark.parametrize(("outcome", "when"), FAULTS, ids=fault_id)
 @pytest.mark.parametrize("at", [0, 1])
 def test_7_retry_safe_after_a_failed_prefill(
     cm: ContextManager, decode_fault: Fault, outcome: Any, when: str, at: int
@@ -369,7 +378,7 @@ def test_7_retry_safe_a_refused_batch_leaves_the_row_as_it_was(
     assert_exact(cm, session)
 
 
-@pytest.mark.parametrize(("outcome", "when"), CODES + INTERRUPTS, ids=fault_id)
+@pytest.mark.parametrize(("outcome", "when"), FAULTS, ids=fault_id)
 def test_7_retry_safe_after_a_failed_append(cm: ContextManager, decode_fault: Fault, outcome: Any, when: str) -> None:
     session = said("Who are you?")
     cm.prepare(session)
@@ -384,7 +393,7 @@ def test_7_retry_safe_after_a_failed_append(cm: ContextManager, decode_fault: Fa
     assert_exact(cm, session)
 
 
-@pytest.mark.parametrize(("outcome", "when"), CODES + INTERRUPTS, ids=fault_id)
+@pytest.mark.parametrize(("outcome", "when"), FAULTS, ids=fault_id)
 def test_7_retry_safe_after_a_failed_step_of_several_sessions(
     cm: ContextManager, decode_fault: Fault, outcome: Any, when: str
 ) -> None:
@@ -409,7 +418,7 @@ def test_7_retry_safe_after_a_failed_step_of_several_sessions(
         assert_exact(cm, session)
 
 
-@pytest.mark.parametrize(("outcome", "when"), CODES + INTERRUPTS, ids=fault_id)
+@pytest.mark.parametrize(("outcome", "when"), FAULTS, ids=fault_id)
 def test_7_retry_safe_after_a_failed_set_system(
     cm: ContextManager, decode_fault: Fault, outcome: Any, when: str
 ) -> None:

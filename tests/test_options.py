@@ -110,7 +110,7 @@ def test_what_is_no_finite_number_is_refused(kind: str, name: str) -> None:
 
 
 def test_a_repeat_penalty_of_zero_would_divide_by_zero_and_is_refused() -> None:
-    with pytest.raises(OptionError, match="repeat_penalty must be above 0"):
+    with pytest.raises(OptionError, match="repeat_penalty must be a finite number from 0.01 to 100"):
         SamplingOptions(repeat_penalty=0)
 
 

@@ -157,6 +157,11 @@ def test_without_the_reply_header_tokens_equal_the_plain_call(template: str) -> 
             )
 
 
+def test_special_token_text_ends_the_white_space_that_a_control_token_swallows() -> None:
+    rendered = renderer("refuses-system", "spm-strips").render([user(" <|end|> a")])
+    assert rendered.text == "<|user|><|end|> a<|end|><|assistant|>"
+
+
 def test_white_space_that_a_control_token_swallows_is_not_tokenised() -> None:
     messages = [user(" \n a"), said("\n b "), user("\n")]
     rendered = renderer("refuses-system", "spm-strips").render(messages)
@@ -290,6 +295,7 @@ WAYS = [
     "{{ (c ~ '|') | trim('|') }}", "{% if c is string %}{{ c }}{% endif %}", "{{ messages[0].content }}",
     "{{ messages }}", "{{ c.encode('utf-8') }}", "{{ c.casefold().capitalize().swapcase() }}",
     "{{ c.ljust(40, '<') }}", "{{ c | urlize }}",
+    "{% if c.startswith('<') or c[0] == 'x' %}{{ c }}{{ ''.join([c]) }}{% endif %}", "{{ c ~ c.replace('e', '_') }}",
     "{{ c.translate({120: 'y'}) }}", "{{ c.expandtabs() | indent }}", "{{ c.zfill(60) }}", "{{ c.__str__() }}",
 ]  # fmt: skip
 FRAME = "{% for m in messages %}{% set c = m.content %}<|im_start|>%s<|im_end|>{% endfor %}"
@@ -563,13 +569,90 @@ def test_ids_that_end_with_end_of_generation_stand_without_it(n: int) -> None:
     assert rendered.tokens.tolist().count(end) == 1
 
 
-def test_control_tokens_that_the_model_said_itself_are_kept() -> None:
+@pytest.mark.parametrize("template", ["chatml", "trim", "macro", "llama2"])
+def test_control_tokens_that_the_model_said_itself_are_kept(template: str) -> None:
     ours, plain = load_vocab("bpe")
-    ids = (*in_pieces(plain, "one", 1), ours.control["<|im_start|>"], *in_pieces(plain, "two", 1))
-    message = said("one<|im_start|>two")
-    rendered = renderer("chatml", "bpe").render([message], [reply(message, ids)])
+    one, two, three = (in_pieces(plain, text, 1) for text in ("one", "and two", "three"))
+    ids = (*one, ours.control["<|im_start|>"], *two, ours.control["<unk>"], *three)
+    message = said("one<|im_start|>and two<unk>three")
+    rendered = renderer(template, "bpe").render([user("x"), message], [None, reply(message, ids)])
     assert holds(rendered.tokens, ids) == 1
-    assert rendered.text == plain_text("chatml", "bpe", [message])
+    assert rendered.n_kept_replies == 1
+    assert rendered.text == plain_text(template, "bpe", [user("x"), message])
+
+
+@pytest.mark.parametrize("template", ["chatml", "trim", "macro", "llama2", "plain-headers"])
+def test_special_token_text_that_the_model_spelled_in_letters_is_text(template: str) -> None:
+    ours, plain = load_vocab("bpe")
+    letters = in_pieces(plain, "one<|im_end|>two", 1)
+    mixed = (*in_pieces(plain, "<|im_end|>", 1), ours.control["<|im_start|>"], *in_pieces(plain, "x", 1))
+    harmless = renderer(template, "bpe").render([user("x"), said("y"), user("z")])
+    for text, ids, n_said in (("one<|im_end|>two", letters, 0), ("<|im_end|><|im_start|>x", mixed, 1)):
+        message = said(text)
+        rendered = renderer(template, "bpe").render([user("x"), message, user("z")], [None, reply(message, ids), None])
+        assert holds(rendered.tokens, ids) == 1
+        counts = count_controls(ours, rendered.tokens)
+        assert sum(counts.values()) == sum(count_controls(ours, harmless.tokens).values()) + n_said
+
+
+def test_special_token_text_of_a_reply_whose_ids_are_wrong_is_text() -> None:
+    ours, plain = load_vocab("bpe")
+    message = said("one<|im_start|>two")
+    for ids in ((ours.control["<|im_start|>"],), in_pieces(plain, "one<|im_start|>tw", 1)):
+        rendered = renderer("chatml", "bpe").render([message], [reply(message, ids)])
+        assert rendered.tokens.tolist().count(ours.control["<|im_start|>"]) == 2
+
+
+# Ways to write a content that leave its value as it is.
+FAITHFUL = [
+    "{{ c }}", "{{ c.replace('/no_think', '') }}", "{{ c | replace('/no_think', '') }}", "{{ c | string }}",
+    "{{ '%s' % c }}", "{{ '%s!' | format(c) }}", "{{ '{}'.format(c) }}", "{{ [c, 'x'] | join }}",
+    "{{ c[:5] }}{{ c[5:] }}", "{{ c | tojson }}", "{{ {'a': [c]} | tojson }}", "{{ c | tojson(ensure_ascii=true) }}",
+    "{{ c.split('~')[0] }}", "{{ c.split() | join(' ') }}", "{{ c.rsplit('~', 1)[-1] }}",
+    "{{ c.removeprefix('~').removesuffix('~') }}", "{{ c | trim }}", "{% set x %}{{ c }}{% endset %}{{ x | trim }}",
+    "{% macro f(x) %} {{ x }}{% endmacro %}{{ f(c) }}",
+    "{% set ns = namespace(x='') %}{% set ns.x = ns.x + c %}{{ ns.x.strip() }}", "{{ (c ~ '~').split('~')[0] }}",
+    "{{ ('~' ~ c).split('~')[-1] }}", "{{ c }}{{ c }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", FAITHFUL)
+@pytest.mark.parametrize("vocab", ["bpe", "spm"])
+def test_a_reply_keeps_its_ids_however_the_template_writes_it(way: str, vocab: str) -> None:
+    source = FRAME.replace("%s", way, 1)
+    _, plain = load_vocab("spm-bare" if vocab == "spm" else vocab)
+    message = said(REPLY)
+    rendered = renderer(source, vocab).render([message], [reply(message, ids := in_pieces(plain, REPLY, 1))])
+    n = 2 if way == "{{ c }}{{ c }}" else 1
+    if way == "{{ c.split() | join(' ') }}":
+        n, ids = 1, in_pieces(plain, "Certainly:", 1)  # the first word, or more
+    assert holds(rendered.tokens, ids) == n
+    assert rendered.text == plain_text(source, vocab, [message])
+    assert_spells_its_text(rendered, vocab)
+
+
+def test_where_no_token_border_falls_on_the_end_of_a_reply_the_tokens_are_the_plain_calls() -> None:
+    source = "{% for m in messages %}{{ 'x ' ~ m.content }}nd more{% endfor %}"
+    ours, plain = load_vocab("spm")
+    assert b"and" in map(ours.piece, plain.tokenize("x and more")) or b" and" in map(
+        ours.piece, plain.tokenize("x and")
+    )
+    message = said("a")
+    rendered = renderer(source, "spm").render(
+        [message], [reply(message, plain.tokenize("a")[1:] or plain.tokenize("a"))]
+    )
+    assert rendered.tokens.tolist() == tokens_of("spm", "x and more")
+
+
+def test_a_character_of_several_tokens_that_is_trimmed_is_trimmed_whole() -> None:
+    _, plain = load_vocab("bpe")
+    kept = in_pieces(plain, "é" + REPLY, 0)
+    message = said(f"\u3000é{REPLY}")
+    rendered = renderer("trim", "bpe").render(
+        [user("x"), message], [None, reply(message, in_pieces(plain, message["content"], 0))]
+    )
+    assert holds(rendered.tokens, kept) == 1
+    assert_spells_its_text(rendered, "bpe")
 
 
 def test_the_same_text_said_by_others_does_not_get_a_replys_ids() -> None:
@@ -788,10 +871,23 @@ def test_a_message_in_two_parts_is_one_span() -> None:
 
 
 def test_trusted_control_tokens_do_not_end_a_message() -> None:
-    message = said("one<|im_end|><|im_start|>two<|end|>three")
+    message = said("one<|im_end|>\n<|im_start|>user\ntwo<|end|>three")
     texts = spans_of("chatml", "bpe", [user("a"), message, user("b")], [None, reply(message, (), trusted=True), None])
     assert texts[1] == f"<|im_start|>assistant\n{message['content']}<|im_end|>\n"
     assert texts[2] == "<|im_start|>user\nb<|im_end|>\n"
+
+
+def test_what_the_template_cuts_off_does_not_move_a_span() -> None:
+    source = (
+        "{% for m in messages %}{% set c %}{{ m.role }}: {{ m.content }}{% endset %}<|im_start|>{{ c.split('|')[0] }}"
+        "<|im_end|> ({{ m.content | length }})<|end|>\n{% endfor %}"
+    )
+    texts = spans_of(source, "bpe", [user("a|b"), said("cc|dd"), user("e")], [None] * 3)
+    assert texts == [
+        "<|im_start|>user: a<|im_end|> (3)<|end|>\n",
+        "<|im_start|>assistant: cc<|im_end|> (5)<|end|>\n",
+        "<|im_start|>user: e<|im_end|> (1)<|end|>\n",
+    ]
 
 
 def test_calls_and_results_of_tools_are_in_the_spans_of_their_messages() -> None:
@@ -1035,6 +1131,14 @@ def harmless(text: str, vocab: Mapping[str, int]) -> str:
     return text
 
 
+def measuring(messages: Sequence[Message], control: Mapping[str, int]) -> set[str]:
+    """Templates that measure and cut text which is longer while it passes through them: marks of anybody's always are,
+    special-token text where it is looked at once it has been put together."""
+    has_marks = any(mark in m["content"] for m in messages for mark in MARKS)
+    is_hot = any(name in m["content"] for m in messages for name in control)
+    return {"string-work", "looks-again"} if has_marks else {"looks-again"} if is_hot else set()
+
+
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(anything_said(), st.none() | CONTENT, st.sampled_from(sorted(TEMPLATES)), st.sampled_from(["bpe", "spm"]))
 def test_whatever_is_said_the_text_is_the_plain_render_and_control_is_the_templates_own(
@@ -1047,7 +1151,7 @@ def test_whatever_is_said_the_text_is_the_plain_render_and_control_is_the_templa
     rendered = one.render(messages)
     quiet = [{**m, "content": harmless(m["content"], ours.control)} for m in messages]
     is_hot = any(a["content"] != b["content"] for a, b in zip(messages, quiet, strict=True))
-    if not (template == "looks-again" and is_hot):  # it measures and cuts text with special-token text in it
+    if template not in measuring(messages, ours.control):
         assert rendered.text == plain_text(template, vocab, messages)
     if not is_hot:
         assert rendered.tokens.tolist() == tokens_of(vocab, rendered.text)
@@ -1065,9 +1169,9 @@ def test_whatever_is_said_replies_with_their_own_ids_spell_the_plain_render(
     _, plain = load_vocab(vocab)
     replies = [reply(m, in_pieces(plain, m["content"], size)) if m["role"] == "assistant" else None for m in messages]
     rendered = renderer(template, vocab).render(messages, replies)
-    text = plain_text(template, vocab, messages)
-    assert rendered.text == text
-    assert bytes_of(vocab, rendered.tokens) == text.encode()
+    if template not in measuring(messages, {}):
+        assert rendered.text == plain_text(template, vocab, messages)
+    assert bytes_of(vocab, rendered.tokens) == rendered.text.encode()
 
 
 @given(st.text("ab", max_size=30), st.text("ab", max_size=30), st.text("ab", max_size=30))

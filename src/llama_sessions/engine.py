@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -26,32 +27,42 @@ class Stream(Iterator[Chunk]):
     def __init__(self, cm: ContextManager, generation: Generation) -> None:
         self._cm = cm
         self._generation = generation
+        self._inside = threading.Lock()
+        self._stop = False
         self._state = "new"
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Chunk:
-        generation = self._generation
         if self._state == "over":
             raise StopIteration
+        if not self._inside.acquire(blocking=False):
+            raise StateError("the stream is being advanced already, by another thread or from within a hook")
         try:
-            if self._state == "new":
-                self._state = "running"
-                generation.start()
-            try:
-                self._decode()
-            except Cancelled:
-                chunk = Chunk("", None, generation.finish("cancelled"))
-            else:
-                chunk = generation.chunk()
+            chunk = self._advance()
         except BaseException:
-            self._state = "over"
-            generation.fail()
+            try:
+                self._generation.fail()
+            finally:
+                self._state = "over"
             raise
+        finally:
+            self._inside.release()
         if chunk.reply is not None:
             self._state = "over"
         return chunk
+
+    def _advance(self) -> Chunk:
+        generation = self._generation
+        if self._state == "new":
+            self._state = "running"
+            generation.start()
+        try:
+            self._decode()
+        except Cancelled:
+            return Chunk("", None, generation.finish("cancelled"))
+        return generation.chunk()
 
     def _decode(self) -> None:
         """Whatever the next chunk needs: the rest of the prompt, or the last token."""
@@ -60,10 +71,16 @@ class Stream(Iterator[Chunk]):
         if pending is not None:
             self._cm.ask_progress(pending)
         while (work := generation.work(n_batch)) is not None:
+            self._check_stop()
             self._cm.step_one(work, holder=generation)
             if pending is not None:
                 self._cm.ask_progress(pending)
                 pending = generation.pending
+        self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self._stop:
+            raise Cancelled("the stream was closed")
 
     @property
     def reply(self) -> Reply | None:
@@ -71,10 +88,17 @@ class Stream(Iterator[Chunk]):
         return self._generation.reply
 
     def close(self) -> None:
-        """End the reply with what was said so far; again: nothing."""
-        if self._state == "running":
-            self._generation.fail()
-        self._state = "over"
+        """End the reply with what was said so far; again: nothing. While another thread, or a hook, is inside `next`,
+        that `next` ends it after the step it is in."""
+        if not self._inside.acquire(blocking=False):
+            self._stop = True
+            return
+        try:
+            if self._state == "running":
+                self._generation.fail()
+            self._state = "over"
+        finally:
+            self._inside.release()
 
     def __enter__(self) -> Stream:
         return self
@@ -83,7 +107,8 @@ class Stream(Iterator[Chunk]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if self._state != "over":
+            self.close()
 
 
 class Engine:

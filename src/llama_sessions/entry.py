@@ -15,10 +15,17 @@ class Entry:
     """A re-entrant lock that knows its process, its threads that may only read, and whether the house is closed.
 
     `before` runs first inside the lock, `after` last: what happened is published before anybody else comes in.
+    `closing` frees everything, once, and never under a call that is still running: the lock is re-entrant, so a signal
+    handler or a finaliser may come in the middle of one.
     """
 
-    def __init__(self, before: Callable[[], None], after: Callable[[], None], *, quiet: bool) -> None:
+    def __init__(
+        self, before: Callable[[], None], after: Callable[[], None], closing: Callable[[], None], *, quiet: bool
+    ) -> None:
         self.closed = False
+        self._closing = closing
+        self._depth = 0  # of calls inside, all of one thread
+        self._close_when_left = False
         self._before = before
         self._after = after
         self._quiet = quiet
@@ -53,13 +60,18 @@ class Entry:
         self.check_may_change()
         with self._lock:
             self.check()  # somebody may have closed it while this call waited
+            if self._depth:
+                raise StateError("the manager is in the middle of a call of this thread (a signal handler?); later")
             log.capture.quiet = self._quiet
+            self._depth = 1
             try:
                 self._before()
                 yield
             finally:
-                if not self.closed:
-                    self._after()
+                self._depth = 0
+                self._after()
+                if self._close_when_left:
+                    self._close_now()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -79,11 +91,17 @@ class Entry:
         finally:
             self._readers.discard(thread)
 
-    def close(self) -> bool:
-        """Close the door; False if it was closed already, or in a forked child."""
+    def close(self) -> None:
+        """Close the door, at the end of the call that is under way; nothing if closed already, or in a forked child."""
         if self.in_child or self.closed:
-            return False
+            return
         self.check_may_change()
         with self._lock:
-            first, self.closed = not self.closed, True
-        return first
+            if self._depth:
+                self._close_when_left = True
+            elif not self.closed:
+                self._close_now()
+
+    def _close_now(self) -> None:
+        self.closed = True
+        self._closing()

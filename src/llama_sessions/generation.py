@@ -43,6 +43,7 @@ class Generation:
         self._sampler = Sampler(options, cm.capabilities.n_vocab)
         self._stream = TextStream(options.stops)
         self._tokens: list[int] = []
+        self._pieces: list[bytes] = []
         self._user: Message | None = None
         self._asked: Message | None = None
         self._pending: Pending | None = None
@@ -65,17 +66,12 @@ class Generation:
                 session.messages.append(self._user)
             self._asked = session.messages[-1]
             self._pending = cm.begin(session, holder=self)
+            if not self._pending.wants_logits:
+                raise OptionError("there is nothing to answer: only a system text; pass a text, or add a user message")
             self._sampler.begin(self._pending.tokens)
         except BaseException:
             self.fail()
-            self._leave_an_empty_row()
             raise
-
-    def _leave_an_empty_row(self) -> None:
-        """A session that got nowhere must not keep a slot from others."""
-        with suppress(StateError):
-            if not len(self._cm.tokens(self.session)):
-                self._cm.release(self.session)
 
     def work(self, n_tokens: int) -> Work | None:
         """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
@@ -93,17 +89,20 @@ class Generation:
     def chunk(self) -> Chunk:
         """Sample a token from the logits that are ready; ends the reply where that token does."""
         cm, options = self._cm, self._options
-        token = cm.sample(self.session, self._sampler, holder=self)
+        sampled = cm.sample(self.session, self._sampler, holder=self)
         if not self._tokens and not self._first_token_s:
             self._first_token_s = time.perf_counter() - self._started
-        if token is None:
+        if sampled is None:
             raise OptionError(
-                "no token can be sampled: no logit is finite, whether by logit_bias, penalties or the model itself"
+                "no token can be sampled: no logit is finite; allow more tokens in logit_bias, or lower what is added "
+                "(if nothing is banned, the model itself gives no finite logits)"
             )
-        if cm.vocab.is_eog(token):
+        token = sampled.token
+        if sampled.ends:
             return Chunk(self._stream.push(b"", final=True), token, self.finish("stop"))
         self._tokens.append(token)
-        shown = self._stream.push(cm.vocab.piece(token))
+        self._pieces.append(sampled.piece)
+        shown = self._stream.push(sampled.piece)
         if self._stream.stopped:
             return Chunk(shown, token, self.finish("stop_string"))
         most = cm.capabilities.n_row_max
@@ -116,26 +115,39 @@ class Generation:
     def finish(self, stop_reason: str) -> Reply:
         """End the reply; what was said goes into the session. Before the first token nothing was: the user's message
         goes back."""
+        if self.reply is not None:
+            return self.reply
         self._stream.push(b"", final=True)
         text, pending = self._stream.text, self._pending
+        try:
+            if not self._tokens and stop_reason != "stop":
+                self._take_back()
+            elif not self._is_said(text):
+                self.session.add_reply(text, self._ids_spelling(text), behind=self._asked)
+        finally:
+            self._cm.let_go(self.session, self)
         if not self._tokens and stop_reason != "stop":
-            self._take_back()
-        elif not self._is_said(text):
-            self.session.add_reply(text, self._ids_spelling(text))
-        self._cm.let_go(self.session, self)
-        report = self.session.last_prepare if pending is not None and pending.done else None
+            self._leave_an_empty_row()
+        n_prompt, n_reused = (0, 0) if pending is None else (pending.n_tokens, pending.n_reused)
+        n_done = n_prompt if self._tokens or stop_reason == "stop" else 0 if pending is None else pending.row.n
         self.reply = Reply(
             text=text,
             tokens=tuple(self._tokens),
             stop_reason=stop_reason,
-            n_prompt=0 if pending is None else pending.n_tokens,
-            n_reused=0 if pending is None else pending.n_reused,
-            n_decoded=0 if report is None else report.n_decoded,
+            n_prompt=n_prompt,
+            n_reused=n_reused,
+            n_decoded=max(0, min(n_done, n_prompt) - n_reused),
             n_generated=len(self._tokens),
             first_token_s=self._first_token_s,
             total_s=time.perf_counter() - self._started,
         )
         return self.reply
+
+    def _leave_an_empty_row(self) -> None:
+        """A session that got nowhere must not keep a slot from others."""
+        with suppress(StateError):
+            if not len(self._cm.tokens(self.session)):
+                self._cm.release(self.session)
 
     def fail(self) -> None:
         """An error ends it: keep what was said, or take the user's message back if nothing was."""
@@ -155,8 +167,8 @@ class Generation:
     def _ids_spelling(self, text: str) -> list[int]:
         """The sampled ids as far as they spell the text (a stop string at the end is cut off both)."""
         data, spelled = text.encode(), b""
-        for n, token in enumerate(self._tokens):
+        for n in range(len(self._tokens)):
             if spelled == data:
                 return self._tokens[:n]
-            spelled += self._cm.vocab.piece(token)
+            spelled += self._pieces[n]
         return self._tokens if spelled == data else []

@@ -39,12 +39,15 @@ class Hooks:
         hook = self._hooks.get("before_encode")
         if hook is None:
             return messages
-        changed = hook([dict(m) for m in messages], session)
+        copies = [dict(m) for m in messages]
+        changed = hook(list(copies), session)
         if changed is None:
             return messages
         if not isinstance(changed, list | tuple):
             raise OptionError(f"the before_encode hook must return a list of messages or None, not {changed!r}")
-        return list(changed)
+        # What comes back as it was is the original still: what is known beside its dict goes with it.
+        originals = {id(copy): message for copy, message in zip(copies, messages, strict=True)}
+        return [m if originals.get(id(m)) != m else originals[id(m)] for m in changed]
 
     def on_progress(self, done: int, total: int, session: Session) -> bool:
         """Whether to go on; only False itself says no."""

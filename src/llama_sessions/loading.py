@@ -42,6 +42,7 @@ def load_parts(path: str | os.PathLike[str], options: LoadOptions, chat_template
         raise
 
     def close() -> None:
+        vocab.close()
         context.close()
         model.close()
 
@@ -54,4 +55,4 @@ def adopt_parts(ctx: Any, vocab: Any, chat_template: str | None) -> Parts:
         checked_text("chat_template", chat_template)
     context = LlamaContext.adopt(ctx, vocab)
     words = context.model.vocab()
-    return Parts(context, words, context.model.template(words, chat_template))
+    return Parts(context, words, context.model.template(words, chat_template), words.close)

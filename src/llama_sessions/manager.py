@@ -17,10 +17,11 @@ from .integrity import check
 from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .kv.store import RowStore
+from .llama.sampler import Sampler
 from .loading import Parts, adopt_parts, load_parts
 from .options import LoadOptions, ManagerOptions, checked_bool, checked_int, checked_text
 from .overview import Overview
-from .pending import NextToken, Pending, PromptChunk, Work
+from .pending import NextToken, Pending, PromptChunk, Sampled, Work
 from .planner import Planner, check_length
 from .prompts import Conversation, Prompter
 from .render import Renderer
@@ -32,7 +33,7 @@ from .types import Capabilities, FloatArray, TokenArray
 
 logger = logging.getLogger("llama_sessions")
 
-_LATER = ("headroom", "n_sink", "eviction", "overflow", "radix", "idle_park_after_s")
+_LATER = ("on_evict", "sink_fn", "headroom", "n_sink", "eviction", "overflow", "radix", "idle_park_after_s")
 _NO_TOKENS = np.empty(0, np.int32)
 
 
@@ -91,8 +92,7 @@ class ContextManager:
         self._planner = Planner(self._store, self._seats, self.prefix)
         self._stepper = Stepper(self._store, self._seats)
         self._overview = Overview(self._store, self.slots, self.prefix, self._seats, options)
-        self._overview.publish()
-        self._entry = Entry(self._seats.drain, self._overview.publish, quiet=not options.log)
+        self._entry = Entry(self._seats.drain, self._overview.publish, self._free, quiet=not options.log)
         for name in _LATER:
             if name in given:
                 logger.info("option %s is accepted and checked; it takes effect in a later version", name)
@@ -130,6 +130,8 @@ class ContextManager:
         """Set `before_encode`, `on_evict`, `sink_fn` or `on_progress`; OptionError for another name."""
         with self._entry.changing():
             self._hooks.set(name, fn)
+        if name in _LATER:
+            logger.info("the hook %s is accepted; it is called from a later version on", name)
 
     def clear_hook(self, name: str) -> None:
         """Remove a hook; OptionError for an unknown name."""
@@ -168,15 +170,17 @@ class ContextManager:
             store = self._store
             tokens = self._prompter.tokens(session, conversation)
             seat = self._true_seat(session, holder)
-            plan = self._planner.plan(seat, session.namespace, tokens, wants_logits=not conversation.is_empty)
+            wants_logits = not conversation.is_empty
+            plan = self._planner.plan(seat, session.namespace, tokens, wants_logits=wants_logits)
             if seat is None:
                 seat = self._seats.take(session)
             seat.n_begun += 1
+            seat.n_prompt = len(tokens)
             stretches = store.apply(seat.row, plan)
             session.forget_appended()
             session.n_past = n_reused = seat.row.n
             self._overview.n_tokens_reused += n_reused
-            pending = Pending(session, tokens, seat.row, seat.n_begun, n_reused, stretches, started)
+            pending = Pending(session, tokens, seat, seat.n_begun, n_reused, wants_logits, stretches, started)
             if pending.done:
                 session.last_prepare = pending.report()
             self._overview.prepare_seconds += time.perf_counter() - started
@@ -208,12 +212,17 @@ class ContextManager:
         `on_progress` in between (False raises Cancelled; what was decoded stays). An empty conversation leaves the
         prefix. Sets `session.n_past` and `session.last_prepare`. Raises what `begin` raises, and DecodeError.
         """
-        pending = self.begin(session)
-        self.ask_progress(pending)
-        while not pending.done:
-            self.step_one(PromptChunk(pending, self._store.caps.n_batch))
+        self._entry.check_may_change()
+        self._seats.get(session)
+        with self._entry.reading():
+            turn = self._seats.turn(session)
+        with turn:
+            pending = self.begin(session)
             self.ask_progress(pending)
-        return session.n_past
+            while not pending.done:
+                self.step_one(PromptChunk(pending, self._store.caps.n_batch))
+                self.ask_progress(pending)
+            return session.n_past
 
     def ask_progress(self, pending: Pending) -> None:
         """Call `on_progress`; Cancelled if it says no while there is still work."""
@@ -227,15 +236,20 @@ class ContextManager:
 
     def preview(self, session: Session) -> Preview:
         """What `prepare` would do now. Renders and plans (and asks `before_encode`); no token is decoded or dropped."""
-        conversation = self._asked(session, None)
-        with self._entry.changing():
+        self._entry.check()
+        self._seats.get(session, reading=True)
+        conversation = self._prompter.conversation(session)
+        with self._entry.reading():
             tokens = self._prompter.tokens(session, conversation)
-            seat = self._true_seat(session, None)
+            seat = self._seats.get(session, reading=True)
+            usable = seat is not None and seat.row.suspect is None and seat.row.namespace == session.namespace
             wants_logits = not conversation.is_empty
             most, n = self._store.caps.n_ctx_seq, len(tokens)
             try:
-                n_to_decode = self._planner.plan(seat, session.namespace, tokens, wants_logits=wants_logits).n_decode
-                fits = True
+                plan = self._planner.plan(
+                    seat if usable else None, session.namespace, tokens, wants_logits=wants_logits
+                )
+                n_to_decode, fits = plan.n_decode, seat is not None or self.slots.n_free > 0
             except CapacityError as e:
                 n_to_decode, fits = min(n, e.needed), False
             return Preview(n_tokens=n, n_to_decode=n_to_decode, fits=fits, n_free=max(0, most - n))
@@ -269,8 +283,10 @@ class ContextManager:
 
     def logits(self, session: Session) -> FloatArray:
         """(n_vocab,) float32, read-only: the logits after the row's last token, until *that* row changes."""
-        with self._entry.changing():
-            seat = self._ready_seat(session)
+        with self._entry.reading():
+            seat = self._seats.get(session, reading=True)
+            if seat is None or seat.row.suspect is not None:
+                raise StateError("the session has no row that is ready; call prepare first")
             view = self._store.logits(seat.row)
             if not len(seat.logits):
                 seat.logits = np.empty(len(view), np.float32)
@@ -279,18 +295,16 @@ class ContextManager:
             out.flags.writeable = False
             return out
 
-    def sample(self, session: Session, sampler: Any, *, holder: object | None = None) -> int | None:
-        """Let `sampler.sample(logits)` choose from the session's logits, without a copy; None: it found no token."""
+    def sample(self, session: Session, sampler: Sampler, *, holder: object | None = None) -> Sampled | None:
+        """Let `sampler` choose from the session's logits, without a copy; None: it found no token."""
         with self._entry.changing():
-            token: int | None = sampler.sample(self._store.logits(self._ready_seat(session, holder).row))
-            return token
-
-    def _ready_seat(self, session: Session, holder: object | None = None) -> Seat:
-        seat = self._seats.get(session, holder)
-        if seat is None:
-            raise StateError("the session has no row; call prepare first")
-        self._store.reconcile(seat.row)
-        return seat
+            seat = self._seats.get(session, holder)
+            if seat is None:
+                raise StateError("the session has no row; call prepare first")
+            self._store.reconcile(seat.row)
+            token = sampler.sample(self._store.logits(seat.row))
+            vocab = self._parts.vocab
+            return None if token is None else Sampled(token, vocab.piece(token), vocab.is_eog(token))
 
     def tokens(self, session: Session) -> TokenArray:
         """(n_past,) int32, read-only copy of the row's token ids, appended ones included."""
@@ -314,10 +328,11 @@ class ContextManager:
                 return twin
             self._store.reconcile(seat.row)
             child = self._seats.take(twin)
+            child.row.namespace = seat.row.namespace  # of the cells; the branch's own is looked at when it is prepared
             if seat.row.n and self._store.share(seat.row, child.row, 0, seat.row.n):
                 if seat.row.logits is not None:
                     child.row.logits = self._store.logits(seat.row).copy()
-                twin.n_past = child.row.n
+                twin.n_past = child.n_prompt = child.row.n
                 twin.last_prepare = session.last_prepare
             return twin
 
@@ -358,7 +373,7 @@ class ContextManager:
     def stats(self) -> Stats:
         """Counters as of the last finished call. Never waits for a decode."""
         self._entry.check()
-        return self._overview.stats()
+        return self._overview.published
 
     def describe(self) -> str:
         """A printable map: slots, cells, and a line for each row. Never waits for a decode."""
@@ -375,6 +390,8 @@ class ContextManager:
 
     def close(self) -> None:
         """Free what is ours: context and model of `load`. Sessions keep their messages. Again: nothing."""
-        if self._entry.close():
-            self._seats.disown()
-            self._parts.close()
+        self._entry.close()
+
+    def _free(self) -> None:
+        self._seats.disown()
+        self._parts.close()

@@ -11,7 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from .errors import OptionError
+
 OPEN, BAR, CLOSE, LITERAL, LITERAL_END = (chr(0x10F8D0 + i) for i in range(5))  # private use, plane 16
+_DEEPEST = 64  # lists and dicts within each other in a message or tool
 MARKS = (OPEN, BAR, CLOSE, LITERAL, LITERAL_END)
 
 
@@ -184,14 +187,16 @@ class Marker:
         """`text` without control-token text and without characters that look like marks."""
         return self._untrusted.sub(self._mark, text)
 
-    def defuse_all(self, value: Any) -> Any:
+    def defuse_all(self, value: Any, depth: int = 0) -> Any:
         """The same for every text inside lists and dicts (tool calls, tool definitions)."""
+        if depth > _DEEPEST:
+            raise OptionError(f"a message or tool holds lists or dicts more than {_DEEPEST} deep, or itself")
         if isinstance(value, str):
             return self.defuse(value)
         if isinstance(value, Mapping):
-            return {self.defuse_all(key): self.defuse_all(item) for key, item in value.items()}
+            return {self.defuse_all(k, depth + 1): self.defuse_all(v, depth + 1) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self.defuse_all(item) for item in value]
+            return [self.defuse_all(item, depth + 1) for item in value]
         return value
 
 

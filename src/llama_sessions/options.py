@@ -223,8 +223,7 @@ class SamplingOptions:
         checked_float("top_p", self.top_p, 0.0, 1.0)
         checked_float("min_p", self.min_p, 0.0, 1.0)
         # 0 would divide by zero inside the sampler.
-        if checked_float("repeat_penalty", self.repeat_penalty, 0.0) == 0.0:
-            raise OptionError("repeat_penalty must be above 0, not 0; 1.0 means none")
+        checked_float("repeat_penalty", self.repeat_penalty, 0.01, 100.0)
         checked_float("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         checked_float("presence_penalty", self.presence_penalty, -100.0, 100.0)
         if self.seed is not None:
@@ -235,7 +234,7 @@ class SamplingOptions:
             for token, bias in self.logit_bias.items():
                 checked_int("a token id in logit_bias", token, 0)
                 if bias != -math.inf:
-                    checked_float(f"logit_bias[{token}]", bias, -math.inf)
+                    checked_float(f"logit_bias[{token}]", bias, -1e30, 1e30)  # it is a 32-bit float in C
         _ = self.stops
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .kv.prefix import Prefix
 from .kv.slots import Slots
@@ -21,9 +21,12 @@ class Overview:
     prefix: Prefix
     seats: Seats
     options: ManagerOptions
-    published: Stats | None = None
+    published: Stats = field(init=False)
     n_tokens_reused: int = 0
     prepare_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.publish()
 
     def publish(self) -> None:
         """Take stock now; under the manager's lock."""
@@ -48,15 +51,9 @@ class Overview:
             prepare_seconds=self.prepare_seconds,
         )
 
-    def stats(self) -> Stats:
-        if self.published is None:
-            self.publish()
-        assert self.published is not None
-        return self.published
-
     def describe(self) -> str:
         """Slots and cells, then a line a row."""
-        s, caps = self.stats(), self.store.caps
+        s, caps = self.published, self.store.caps
         cells = "cells, each row its own" if s.n_cells_total is None else f"of {s.n_cells_total} cells"
         lines = [
             f"{caps.model}: {caps.kind.value} memory, {s.slots_total - s.slots_free} of {s.slots_total} slots in use",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .kv.row import Row
 from .report import PrepareReport, Stretch
+from .seats import Seat
 from .session import Session
 from .types import TokenArray
 
@@ -20,12 +21,22 @@ class Pending:
 
     session: Session
     tokens: TokenArray
-    row: Row
+    seat: Seat
     number: int
     n_reused: int
+    wants_logits: bool
     stretches: list[Stretch]
     started: float = field(default_factory=time.perf_counter)
     decode_seconds: float = 0.0
+
+    @property
+    def row(self) -> Row:
+        return self.seat.row
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the session was begun again since."""
+        return self.seat.n_begun != self.number
 
     @property
     def n_tokens(self) -> int:
@@ -38,7 +49,7 @@ class Pending:
 
     @property
     def done(self) -> bool:
-        return self.row.n >= len(self.tokens)
+        return not self.is_void and self.row.n >= len(self.tokens)
 
     def report(self) -> PrepareReport:
         n_decoded = len(self.tokens) - self.n_reused
@@ -71,3 +82,12 @@ class NextToken:
 
 
 Work = PromptChunk | NextToken
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token that was chosen, its bytes, and whether it ends the reply."""
+
+    token: int
+    piece: bytes
+    ends: bool

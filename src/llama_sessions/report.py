@@ -121,7 +121,8 @@ class Reply:
     """A finished reply.
 
     `tokens`: sampled ids without end-of-generation. `stop_reason`: "stop" (the model ended it), "length",
-    "stop_string", "cancelled". `n_prompt` = `n_reused` + `n_decoded`. Times are wall-clock seconds from the call.
+    "stop_string", "cancelled". `n_prompt` = `n_reused` + `n_decoded`, unless it was cancelled before its first token.
+    Times are wall-clock seconds from the call.
     """
 
     text: str

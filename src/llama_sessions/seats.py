@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
@@ -22,11 +23,12 @@ _owners: weakref.WeakKeyDictionary[Session, weakref.ref[Seats]] = weakref.WeakKe
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """What a manager keeps for one session."""
+    """What a manager keeps for one session that has a slot: its row, and which prompt it is to hold."""
 
     row: Row
     finalizer: Any
     n_begun: int = 0  # which `begin` is the last one; an older Pending is void
+    n_prompt: int = 0  # tokens of the prompt begun last; single tokens come after all of them
     logits: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
 
 
@@ -37,7 +39,8 @@ class Seats:
         self._store = store
         self._slots = slots
         self._seats: weakref.WeakKeyDictionary[Session, Seat] = weakref.WeakKeyDictionary()
-        self._holders: weakref.WeakKeyDictionary[Session, object] = weakref.WeakKeyDictionary()
+        self._holders: weakref.WeakKeyDictionary[Session, weakref.ref[object]] = weakref.WeakKeyDictionary()
+        self._turns: weakref.WeakKeyDictionary[Session, threading.RLock] = weakref.WeakKeyDictionary()
         self._left: deque[int] = deque()
 
     def __len__(self) -> int:
@@ -63,22 +66,33 @@ class Seats:
         owner = None if ref is None else ref()
         if owner is not None and owner is not self and session in owner._seats:
             raise StateError("the session belongs to another manager; release it there, or fork its messages")
-        if not reading and self._holders.get(session, holder) is not holder:
+        if not reading and self._holder(session) not in (None, holder):
             raise StateError("the session is generating; finish or close its stream first")
         return self._seats.get(session)
 
     def hold(self, session: Session, holder: object) -> None:
         """Only `holder` may change the session's row until `let_go`; needs no seat."""
         self.get(session, holder)
-        self._holders[session] = holder
+        self._holders[session] = weakref.ref(holder)
 
     def let_go(self, session: Session, holder: object) -> None:
         """End a `hold`; nothing if it is not this holder's."""
-        if self._holders.get(session) is holder:
+        if self._holder(session) is holder:
             self._holders.pop(session, None)
 
     def is_held(self, session: Session) -> bool:
-        return session in self._holders
+        return self._holder(session) is not None
+
+    def _holder(self, session: Session) -> object | None:
+        ref = self._holders.get(session)
+        return None if ref is None else ref()
+
+    def turn(self, session: Session) -> threading.RLock:
+        """A lock of the session's own: whoever prepares it lets the next one wait. Call under the manager's lock."""
+        turn = self._turns.get(session)
+        if turn is None:
+            turn = self._turns[session] = threading.RLock()
+        return turn
 
     def take(self, session: Session) -> Seat:
         """A seat with an empty row; NoFreeSlot where all slots are in use."""

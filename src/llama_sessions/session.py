@@ -108,9 +108,16 @@ class Session:
         fields = {"tool_call_id": tool_call_id, "name": name}
         return self.add("tool", content, **{k: v for k, v in fields.items() if v is not None})
 
-    def add_reply(self, text: str, ids: Sequence[int], *, trusted: bool = False) -> Message:
-        """Append an assistant message that was generated as `ids` (checked against `text` when it is rendered)."""
-        message = self.add("assistant", text)
+    def add_reply(
+        self, text: str, ids: Sequence[int], *, trusted: bool = False, behind: Message | None = None
+    ) -> Message:
+        """Add an assistant message that was generated as `ids` (checked against `text` when it is rendered).
+
+        It goes `behind` the message it answers, if that is still there; else to the end.
+        """
+        message = check_message({"role": "assistant", "content": text}, "the message")
+        at = next((i + 1 for i, m in enumerate(self.messages) if m is behind), len(self.messages))
+        self.messages.insert(at, message)
         if ids or trusted:
             live = {id(m) for m in self.messages}
             # Records of messages that are gone still serve a copy with the same text, but only the latest few.

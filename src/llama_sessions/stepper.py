@@ -93,16 +93,17 @@ class Stepper:
         session.n_past = row.n
         if isinstance(item, PromptChunk):
             pending = item.pending
-            if pending.number != seat.n_begun or pending.row is not row:
+            if pending.seat is not seat or pending.is_void:
                 raise StateError("this Pending is void: the session was begun again")
             tokens = pending.tokens[row.n : row.n + item.n_tokens]
             if not len(tokens):
                 raise StateError("this Pending is done; nothing is left to decode")
-            return Feed(row, tokens, wants_logits=len(tokens) == pending.n_left)
+            return Feed(row, tokens, wants_logits=pending.wants_logits and len(tokens) == pending.n_left)
         if not row.n:
             raise StateError("nothing is prepared; call prepare first")
+        if row.n < seat.n_prompt:
+            raise StateError(f"only {row.n} of the prompt's {seat.n_prompt} tokens are decoded; call prepare first")
         check_length(self._store, row.n + 1, "one token more")
-        seat.n_begun += 1  # a prompt that was still under way would go on behind a token that is not its own
         return Feed(row, np.array([item.token], np.int32), wants_logits=True)
 
     def _settle(self, task: _Task, code: int, seconds: float) -> StepResult:

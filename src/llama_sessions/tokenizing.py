@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +24,23 @@ def n_common(a: str, b: str) -> int:
     return low
 
 
+_KEPT = 16 * 2**20  # characters of stretches, and of replies, whose tokens are remembered
+_Spelled: TypeAlias = tuple[TokenArray, list[int]]
+
+
+def weigh_reply(reply: SpokenReply) -> int:
+    """Characters that remembering a reply counts for."""
+    return len(reply.text) + 64
+
+
 class StretchTokenizer:
     """One vocabulary, and what it made of the stretches seen so far."""
 
     def __init__(self, vocab: Vocab) -> None:
         self._vocab = vocab
-        self._tokens: Memo[str, TokenArray] = Memo(16384)
-        self._says_control: Memo[SpokenReply, bool] = Memo(4096)
-        self._spelled: Memo[SpokenReply, tuple[TokenArray, list[int]] | None] = Memo(4096)
+        self._tokens: Memo[str, TokenArray] = Memo(_KEPT, lambda text: len(text) + 64)
+        self._says_control: Memo[SpokenReply, bool] = Memo(_KEPT, weigh_reply)
+        self._spelled: Memo[SpokenReply, _Spelled | None] = Memo(_KEPT, weigh_reply)
 
     def tokens(self, stretch: TextStretch, replies: Sequence[SpokenReply | None]) -> tuple[TokenArray, set[int]]:
         """Ids of a stretch, and the messages that kept their own in it."""
@@ -90,7 +100,7 @@ class StretchTokenizer:
     def _tokenize(self, text: str) -> TokenArray:
         tokens = self._tokens.get(text)
         if tokens is None:
-            tokens = self._tokens[text] = self._vocab.tokenize(text)
+            tokens = self._tokens.keep(text, self._vocab.tokenize(text))
         return tokens
 
     def _standing(self, region: Region, text: str, reply: SpokenReply, low: int) -> tuple[int, int, TokenArray] | None:
@@ -122,23 +132,22 @@ class StretchTokenizer:
     def _spell(self, reply: SpokenReply) -> tuple[TokenArray, list[int]] | None:
         """A reply's ids, and the character that each token border falls on (-1: within one); None if they do not
         spell its text."""
-        if reply not in self._spelled:
-            ids = list(reply.ids)
-            while ids and self._vocab.is_eog(ids[-1]):
-                ids.pop()
-            pieces = [self._vocab.piece(t) for t in ids]
-            data = b"".join(pieces)
-            result = None
-            if ids and data == reply.text.encode():
-                borders, at, n_chars = [0], 0, 0
-                for piece in pieces:
-                    n_chars += sum(byte & 0xC0 != 0x80 for byte in piece)
-                    at += len(piece)
-                    whole = at == len(data) or data[at] & 0xC0 != 0x80
-                    borders.append(n_chars if whole else -1)
-                result = np.array(ids, np.int32), borders
-            self._spelled[reply] = result
-        return self._spelled[reply]
+        if reply in self._spelled:
+            return self._spelled.get(reply)
+        ids = list(reply.ids)
+        while ids and self._vocab.is_eog(ids[-1]):
+            ids.pop()
+        pieces = [self._vocab.piece(t) for t in ids]
+        data = b"".join(pieces)
+        if not ids or data != reply.text.encode():
+            return self._spelled.keep(reply, None)
+        borders, at, n_chars = [0], 0, 0
+        for piece in pieces:
+            n_chars += sum(byte & 0xC0 != 0x80 for byte in piece)
+            at += len(piece)
+            whole = at == len(data) or data[at] & 0xC0 != 0x80
+            borders.append(n_chars if whole else -1)
+        return self._spelled.keep(reply, (np.array(ids, np.int32), borders))
 
     def token_at(self, stretch: TextStretch, chars: Sequence[int]) -> list[int]:
         """For each character of the stretch, the index in the prompt of the first token that begins at or after it."""
@@ -157,5 +166,5 @@ class StretchTokenizer:
                 ids, borders = spelled
                 at = dict(zip(borders, ids.tolist(), strict=False))
                 says = all(m.lastgroup is None and at.get(m.start()) == marker.control[m[0]] for m in found)
-            self._says_control[reply] = says
+            self._says_control.keep(reply, says)
         return says

@@ -56,11 +56,6 @@ class Capabilities:
         return self.n_ctx if self.unified and self.kind is not MemoryKind.RECURRENT else None
 
     @property
-    def trims_any_tail(self) -> bool:
-        """Whether a row may be cut at any length without a look at what is still there."""
-        return self.kind is MemoryKind.FULL
-
-    @property
     def keeps_state(self) -> bool:
         """Whether part of the memory is a state that cannot go back."""
         return self.kind in (MemoryKind.RECURRENT, MemoryKind.HYBRID)

@@ -12,10 +12,10 @@ from .memo import Memo
 from .session import checked_tools, checked_variables
 from .types import Formatter, Message
 
-_RESERVED = frozenset(
-    ["self", "messages", "tools", "functions", "function_call", "tool_choice", "add_generation_prompt"]
-    + ["reply_header", "bos_token", "eos_token", "raise_exception", "strftime_now"]
-)
+_RESERVED = frozenset({"self", "messages", "tools", "functions", "function_call", "tool_choice", "bos_token",
+                       "eos_token", "add_generation_prompt", "reply_header", "raise_exception",
+                       "strftime_now"})  # fmt: skip
+_KEPT = 16 * 2**20  # characters of contents that are remembered
 _PLAIN = ("role", "content")  # checked, and handled apart
 
 
@@ -49,7 +49,7 @@ class TemplateWriter:
         self._marker = marker
         self._variables: dict[str, Any] = {"enable_thinking": False} if no_think else {}
         self._system_fallback = system_fallback
-        self._safe: Memo[tuple[bool, str], tuple[str, str]] = Memo(16384)
+        self._safe: Memo[tuple[bool, str], tuple[str, str]] = Memo(_KEPT, lambda key: len(key[1]) + 64)
         self._refuses_system: bool | None = None
         self._sees_marks = bool(getattr(formatter, "looks_at_written_text", False)) or self._probe_marks()
 
@@ -69,7 +69,7 @@ class TemplateWriter:
             texts = self._safe.get(key)
             if texts is None:
                 unmarked = self._marker.without_marks(content)
-                texts = self._safe[key] = unmarked, unmarked if i in trusted else self._marker.defuse(content)
+                texts = self._safe.keep(key, (unmarked, unmarked if i in trusted else self._marker.defuse(content)))
             shown.append(Shown(fields, i, 0, *texts))
         return shown
 

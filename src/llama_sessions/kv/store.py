@@ -188,12 +188,14 @@ class RowStore:
         each row is what llama.cpp finished of it."""
         fed = {feed.row.seq_id for feed in feeds}
         for row in self._in_buffer:
-            # The next decode overwrites the buffer: logits nobody has read yet are copied out (14 us at 152k).
-            if row.seq_id not in fed and isinstance(row.logits, int):
+            # The next decode overwrites the buffer: logits nobody has read yet are copied out (14 us at 152k). Those of
+            # a fed row too, where llama.cpp may refuse a batch that our count let pass: the row is then as before.
+            if isinstance(row.logits, int) and (row.seq_id not in fed or self.caps.kind is not MemoryKind.FULL):
                 row.logits = self.context.logits(row.logits).copy()
         self._in_buffer = []
         runs = []
         n_total = 0
+        before = [feed.row.logits for feed in feeds]
         for feed in feeds:
             row, n = feed.row, len(feed.tokens)
             row.logits = None
@@ -220,8 +222,9 @@ class RowStore:
                 row.suspect = None
             self._n_unique = None if n_unique is None else n_unique + n_total
         elif code in (1, -1):
-            for feed in feeds:
+            for feed, logits in zip(feeds, before, strict=True):
                 feed.row.suspect = None  # memory is as before the call
+                feed.row.logits = None if isinstance(logits, int) else logits
             self._n_unique = n_unique
         else:
             for feed in feeds:

@@ -107,7 +107,7 @@ class LlamaContext:
         self._vocab_row = ctypes.c_float * capabilities.n_vocab
         pid = os.getpid()
 
-        def free() -> None:
+        def free(model: Model = model) -> None:  # which keeps the weights until the context is gone
             if owned and os.getpid() == pid:
                 with log.capture:
                     llama_cpp.llama_free(handle)

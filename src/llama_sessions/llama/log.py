@@ -35,6 +35,7 @@ class Capture(threading.local):
         self.level = logging.DEBUG
         self.last_error = ""
         self.quiet = False
+        self.raised: BaseException | None = None
 
     def __enter__(self) -> Capture:
         if self.depth == 0:
@@ -44,6 +45,10 @@ class Capture(threading.local):
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.depth -= 1
+        if not self.depth and self.raised is not None:
+            raised, self.raised = self.raised, None
+            if e is None:
+                raise raised
 
     def take(self, level: int, text: str) -> None:
         if level != _CONTINUE:
@@ -71,10 +76,13 @@ def install() -> None:
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def forward(level: int, text: bytes, user_data: Any) -> None:
-        if capture.depth:
-            capture.take(level, text.decode("utf-8", "replace"))
-        elif previous:
-            previous(level, text, previous_data)
+        try:
+            if capture.depth:
+                capture.take(level, text.decode("utf-8", "replace"))
+            elif previous:
+                previous(level, text, previous_data)
+        except BaseException as e:  # ctypes would swallow it: Ctrl-C, or a logging handler that raises
+            capture.raised = e
 
     _installed.extend((forward, previous, previous_data))
     llama_cpp.llama_log_set(forward, ctypes.c_void_p(0))

@@ -21,11 +21,11 @@ def _check_file(path: str | os.PathLike[str]) -> Path:
         file = Path(os.fspath(path))
     except TypeError:
         raise OptionError(f"the model path must be text or a path, not {path!r}") from None
-    if file.is_dir():
-        raise ModelError(f"{file} is a directory; name a GGUF file in it")
-    if file.exists() and not file.is_file():  # opening a pipe would wait for a writer
-        raise ModelError(f"{file} is no regular file; name a GGUF file")
     try:
+        if file.is_dir():
+            raise ModelError(f"{file} is a directory; name a GGUF file in it")
+        if file.exists() and not file.is_file():  # opening a pipe would wait for a writer
+            raise ModelError(f"{file} is no regular file; name a GGUF file")
         with file.open("rb") as f:
             magic = f.read(4)
     except (OSError, ValueError) as e:

@@ -23,7 +23,8 @@ _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 class Sampler:
     """One generation's sampler chain: bias, penalties, then greedy, or top-k, top-p, min-p, temperature and a draw.
 
-    `sample` costs what `llama_sampler_sample` costs: one pass over the vocabulary to fill the candidates.
+    `sample` costs what `llama_sampler_sample` costs: one pass over the vocabulary to fill the candidates. Greedy with
+    nothing before it needs none: 10 us instead of 130 at 152k.
     """
 
     def __init__(self, options: SamplingOptions, n_vocab: int) -> None:
@@ -37,6 +38,7 @@ class Sampler:
         self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         weakref.finalize(self, llama_cpp.llama_sampler_free, self._chain)
         self._stateful = False
+        self._takes_best = False
         for sampler in self._samplers(options, n_vocab):
             llama_cpp.llama_sampler_chain_add(self._chain, sampler)
 
@@ -56,6 +58,7 @@ class Sampler:
                 )
             )
         if o.temperature < _COLDEST:
+            self._takes_best = not chain
             return [*chain, llama_cpp.llama_sampler_init_greedy()]
         return [
             *chain,
@@ -74,6 +77,10 @@ class Sampler:
 
     def sample(self, logits: FloatArray) -> int | None:
         """Draw a token from (n_vocab,) float32 logits and accept it; None if every token is banned."""
+        if self._takes_best:
+            best = int(logits.argmax())  # the first of equals, as llama.cpp's own
+            if math.isfinite(logits[best]):
+                return best
         cur = self._candidates
         if self._reorders:
             cur["id"] = self._ids

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import llama_cpp
 import numpy as np
 
-from ..errors import NativeError, OptionError
+from ..errors import NativeError, OptionError, StateError
+from ..options import checked_int, checked_text
 from ..types import TokenArray
 
 T = TypeVar("T")
@@ -61,9 +62,21 @@ def _on_a_deep_stack(work: Callable[[], T]) -> T:
         try:
             thread = threading.Thread(target=run, name="llama-sessions-tokenize")
             thread.start()
+        except RuntimeError as e:
+            raise StateError(
+                f"no thread with a stack of {_STACK_BYTES >> 20} MiB can be had, which this tokenizer needs for long "
+                "text; raise the limit on address space"
+            ) from e
         finally:
             threading.stack_size(before)
-    thread.join()
+    interrupt: BaseException | None = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except BaseException as e:  # noqa: PERF203 - Ctrl-C waits until the thread has let go of the vocabulary
+            interrupt = e
+    if interrupt is not None:
+        raise interrupt
     result, error = outcome[0]
     if error is not None:
         raise error
@@ -78,6 +91,7 @@ class LlamaVocab:
 
     def __init__(self, handle: Any, pre_tokenizer: str = "") -> None:
         self._handle = handle
+        self._using = threading.RLock()  # questions may come from any thread, without the manager's lock
         self.n_tokens = int(llama_cpp.llama_vocab_n_tokens(handle))
         bos = int(llama_cpp.llama_vocab_bos(handle))
         eos = int(llama_cpp.llama_vocab_eos(handle))
@@ -101,14 +115,30 @@ class LlamaVocab:
 
     def text(self, token: int) -> str:
         """The token's own spelling in the vocabulary (not its text in a reply: see `piece`)."""
-        return bytes(llama_cpp.llama_vocab_get_text(self._handle, token)).decode("utf-8", "replace")
+        with self._using:
+            text = bytes(llama_cpp.llama_vocab_get_text(self._live(), self._known(token)))
+        return text.decode("utf-8", "replace")
+
+    def _known(self, token: int) -> int:
+        return checked_int("a token", token, 0, self.n_tokens - 1)
+
+    def _live(self) -> Any:
+        if self._handle is None:
+            raise StateError("the vocabulary belongs to a manager that is closed; load the model again")
+        return self._handle
+
+    def close(self) -> None:
+        """The model is about to be freed: wait for who is asking, and from now on every question is a StateError."""
+        with self._using:
+            self._handle = None
 
     def strips(self, token: int) -> tuple[bool, bool]:
         """Whether a control token swallows white space on its left, on its right."""
         return self._strips.get(token, (False, False))
 
     def is_eog(self, token: int) -> bool:
-        return bool(llama_cpp.llama_vocab_is_eog(self._handle, token))
+        with self._using:
+            return bool(llama_cpp.llama_vocab_is_eog(self._live(), self._known(token)))
 
     def piece(self, token: int) -> bytes:
         """The token's bytes in running text, control tokens included; kept after the first call."""
@@ -118,12 +148,12 @@ class LlamaVocab:
         return piece
 
     def _piece(self, token: int) -> bytes:
-        if not 0 <= token < self.n_tokens:
-            raise OptionError(f"token {token} is outside the vocabulary of {self.n_tokens}")
+        self._known(token)
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = int(llama_cpp.llama_token_to_piece(self._handle, token, buffer, size, 0, True))
+            with self._using:
+                n = int(llama_cpp.llama_token_to_piece(self._live(), token, buffer, size, 0, True))
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
@@ -133,10 +163,7 @@ class LlamaVocab:
 
         About 0.5 us a byte, in C++. Raises OptionError for text without a UTF-8 form or of 2 GiB and more.
         """
-        try:
-            data = text.encode("utf-8")
-        except UnicodeEncodeError as e:
-            raise OptionError(f"text holds a lone surrogate at character {e.start}") from None
+        data = checked_text("the text", text).encode()
         if len(data) >= 2**31 - 1:
             raise OptionError(f"{len(data)} bytes of text are more than llama.cpp takes at once (2 GiB)")
         if not self._recursive or len(text) <= _SHALLOW:
@@ -152,7 +179,8 @@ class LlamaVocab:
         buffer = np.empty(len(data) + 2, np.int32)  # one a call: calls may come from several threads
         while True:
             into = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-            n = int(llama_cpp.llama_tokenize(self._handle, data, len(data), into, len(buffer), False, special))
+            with self._using:
+                n = int(llama_cpp.llama_tokenize(self._live(), data, len(data), into, len(buffer), False, special))
             if n >= 0:
                 found: TokenArray = buffer[:n].copy()
                 return found

@@ -11,13 +11,13 @@ from models import model_path
 
 from llama_sessions import ContextManager
 
-_opened: list[ContextManager] = []
+opened: list[ContextManager] = []
 _original_start = ContextManager._start
 
 
 def _tracked_start(self: ContextManager, *args: Any) -> None:
     _original_start(self, *args)
-    _opened.append(self)
+    opened.append(self)
 
 
 ContextManager._start = _tracked_start  # type: ignore[method-assign]
@@ -25,10 +25,10 @@ ContextManager._start = _tracked_start  # type: ignore[method-assign]
 
 @pytest.fixture(autouse=True)
 def every_manager_adds_up() -> Iterator[None]:
-    _opened.clear()
+    opened.clear()
     yield
-    managers = list(_opened)
-    _opened.clear()
+    managers = list(opened)
+    opened.clear()
     for cm in managers:
         if not cm.is_closed:
             cm.check_integrity()

@@ -232,6 +232,5 @@ def test_an_interrupt_at_any_line_of_the_accounting_leaves_everything_exact() ->
     assert [line.split()[0] for line in out.splitlines()] == list(ACCOUNTING)
 
 
-@pytest.mark.xfail(strict=True, reason="Slots.acquire and release change two collections, one after the other")
 def test_an_interrupt_at_any_line_of_the_slots_leaves_everything_exact() -> None:
     run_child(SWEEP, "1000", "kv/slots.py", timeout=30)

@@ -136,7 +136,7 @@ def test_a_stream_that_holds_no_more_than_the_own_row_is_not_copied() -> None:
     assert plan("hello there", "hello t", live("hello t"), caps=STREAMS) == Plan(11, 7)
 
 
-@pytest.mark.parametrize(("n", "first_pos", "may"), [(10, 6, True), (10, 7, False), (3, 0, True), (3, 1, False)])
+@pytest.mark.parametrize(("n", "first_pos", "may"), [(10, 7, True), (10, 8, False), (3, 0, True), (3, 1, False)])
 def test_a_row_with_a_window_may_be_cut_where_the_window_of_the_next_token_is_whole(
     n: int, first_pos: int, may: bool
 ) -> None:
@@ -144,8 +144,8 @@ def test_a_row_with_a_window_may_be_cut_where_the_window_of_the_next_token_is_wh
 
 
 def test_an_own_row_whose_window_is_gone_is_decoded_anew() -> None:
-    assert plan("hello there", "hello them", caps=WINDOW, first_pos=6) == Plan(11, 0)
-    assert plan("hello there", "hello them", caps=WINDOW, first_pos=5) == Plan(11, 9)
+    assert plan("hello there", "hello them", caps=WINDOW, first_pos=7) == Plan(11, 0)
+    assert plan("hello there", "hello them", caps=WINDOW, first_pos=6) == Plan(11, 9)
 
 
 def test_a_window_comes_from_one_row() -> None:
@@ -154,7 +154,7 @@ def test_a_window_comes_from_one_row() -> None:
 
 
 def test_of_rows_with_a_window_the_longest_that_is_whole_is_taken() -> None:
-    found = plan("hello there", "", live("hello the", 3, first_pos=6), live("hello th", 4, first_pos=4), caps=WINDOW)
+    found = plan("hello there", "", live("hello the", 3, first_pos=7), live("hello th", 4, first_pos=5), caps=WINDOW)
     assert found.share == Share("live", 4, 0, 8)
 
 

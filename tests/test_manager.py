@@ -227,14 +227,12 @@ def test_a_pending_is_void_once_its_session_is_begun_again(cm: ContextManager) -
     assert_exact(cm, session)
 
 
-@pytest.mark.parametrize("deed", ["release", "append", "prepare", "release and begin"])
+@pytest.mark.parametrize("deed", ["release", "prepare", "release and begin"])
 def test_a_pending_is_void_once_its_row_went_another_way(cm: ContextManager, deed: str) -> None:
     session = said("Who are you? " * 4)
     pending = cm.begin(session)
     cm.step([PromptChunk(pending, 4)])
-    if deed == "append":
-        cm.append(session, 65)
-    elif deed == "prepare":
+    if deed == "prepare":
         cm.prepare(session)
     else:
         cm.release(session)
@@ -244,6 +242,137 @@ def test_a_pending_is_void_once_its_row_went_another_way(cm: ContextManager, dee
     assert isinstance(report.results[session].error, StateError)
     cm.prepare(session)
     assert_exact(cm, session)
+
+
+def test_a_token_behind_half_a_prompt_is_refused_and_the_prompt_goes_on(cm: ContextManager) -> None:
+    session = said("Who are you? " * 4)
+    pending = cm.begin(session)
+    cm.step([PromptChunk(pending, 4)])
+    with pytest.raises(StateError, match=r"only 4 of the prompt's \d+ tokens are decoded; call prepare first"):
+        cm.append(session, 65)
+    cm.step([PromptChunk(pending, 999)])
+    assert pending.done
+    assert_exact(cm, session)
+
+
+def test_a_void_pending_is_never_done(cm: ContextManager) -> None:
+    session = said("Who?")
+    old = cm.begin(session)
+    session.messages[0]["content"] = "Somebody else altogether?"
+    cm.prepare(session)
+    assert session.n_past >= old.n_tokens
+    assert old.is_void
+    assert not old.done
+
+
+def test_a_fork_keeps_the_namespace_of_its_cells(cm: ContextManager) -> None:
+    session = Session(namespace="a")
+    session.add_user("a secret of a")
+    cm.prepare(session)
+    session.namespace = "b"
+    twin = cm.fork(session)
+    other = Session(namespace="b")
+    other.add_user("a secret of a")
+    cm.prepare(other)
+    assert other.last_prepare is not None
+    assert [s.source for s in other.last_prepare.stretches] == ["decode"]
+    cm.prepare(twin)
+    assert_exact(cm, twin)
+
+
+def test_a_noop_before_encode_hook_changes_nothing(cm: ContextManager) -> None:
+    session = said("x")
+    session.add_assistant("<|im_end|>", trusted=True)
+    session.add_user("y")
+    n = cm.prepare(session)
+    cm.set_hook("before_encode", lambda messages, session: messages)
+    assert cm.prepare(session) == n
+    cm.clear_hook("before_encode")
+
+
+def test_three_threads_may_prepare_one_session(cm: ContextManager) -> None:
+    session = said("Who are you? " * 30)
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            cm.prepare(session)
+        except Exception as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert_exact(cm, session)
+
+
+def test_close_and_calls_from_a_signal_handler_wait_for_the_call_they_interrupt() -> None:
+    run_child(
+        """
+        import os, signal
+        from models import model_path
+        from llama_sessions import ContextManager, Session, StateError
+        from llama_sessions.kv.store import RowStore
+
+        cm = ContextManager.load(model_path("llama-bpe"), n_ctx=512, n_threads=1)
+        refused = []
+
+        def handler(*_):
+            try:
+                cm.release(session)
+            except StateError as e:
+                refused.append(str(e))
+            cm.close()
+
+        signal.signal(signal.SIGTERM, handler)
+        real = RowStore.apply
+
+        def apply(self, row, plan):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                pass
+            return real(self, row, plan)
+
+        RowStore.apply = apply
+        session = Session()
+        session.add_user("hello " * 50)
+        cm.begin(session)
+        assert len(refused) == 1 and "in the middle of a call" in refused[0], refused
+        assert cm.is_closed
+        """
+    )
+
+
+def test_the_vocabulary_of_a_closed_manager_is_a_state_error(load: Any) -> None:
+    cm = load()
+    vocab = cm.vocab
+    with pytest.raises(OptionError):
+        vocab.text(10**6)
+    cm.close()
+    for call in (lambda: vocab.tokenize("x" * 500), lambda: vocab.is_eog(3), lambda: vocab.text(3)):
+        with pytest.raises(StateError, match="closed"):
+            call()
+
+
+def test_a_hook_that_closes_over_the_manager_does_not_free_the_weights_first(monkeypatch: Any) -> None:
+    import conftest
+
+    from llama_sessions.llama import context, model
+
+    freed: list[str] = []
+
+    monkeypatch.setattr(context.llama_cpp, "llama_free", lambda handle: freed.append("context"))
+    monkeypatch.setattr(model.llama_cpp, "llama_model_free", lambda handle: freed.append("model"))
+    for _ in range(3):
+        cm = ContextManager.load(model_path("llama-bpe"), n_ctx=256, max_sessions=1, n_threads=1)
+        cm.set_hook("on_progress", lambda done, total, session, cm=cm: None)
+        conftest.opened.remove(cm)
+        del cm
+        gc.collect()
+    assert freed == ["context", "model"] * 3
 
 
 def test_a_finished_pending_has_nothing_left_to_step(cm: ContextManager) -> None:
@@ -668,7 +797,6 @@ def test_on_progress_may_read(cm: ContextManager) -> None:
     [
         lambda cm, s: cm.prepare(s),
         lambda cm, s: cm.begin(s),
-        lambda cm, s: cm.preview(s),
         lambda cm, s: cm.append(s, 65),
         lambda cm, s: cm.fork(s),
         lambda cm, s: cm.release(s),
@@ -1073,7 +1201,7 @@ def test_a_session_of_a_manager_that_was_dropped_unclosed_may_go_to_another(load
 
     cm = load()
     session = prepared(cm)
-    conftest._opened.remove(cm)
+    conftest.opened.remove(cm)
     del cm
     gc.collect()
     other = load()
@@ -1283,7 +1411,7 @@ def test_check_integrity_finds_a_planted_fault(load: Loader, plant: Any, match: 
     cm = load()
     session = prepared(cm)
     plant(cm, session)
-    conftest._opened.remove(cm)  # it no longer adds up, and must not
+    conftest.opened.remove(cm)  # it no longer adds up, and must not
     with pytest.raises(StateError, match="does not add up") as e:
         cm.check_integrity()
     assert match in str(e.value)

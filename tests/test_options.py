@@ -40,7 +40,7 @@ NUMBERS: list[tuple[str, str, float, float | None]] = [
     ("sampling", "temperature", 0.0, None),
     ("sampling", "top_p", 0.0, 1.0),
     ("sampling", "min_p", 0.0, 1.0),
-    ("sampling", "repeat_penalty", 1e-6, None),
+    ("sampling", "repeat_penalty", 0.01, 100.0),
     ("sampling", "frequency_penalty", -100.0, 100.0),
     ("sampling", "presence_penalty", -100.0, 100.0),
 ]
@@ -110,7 +110,7 @@ def test_what_is_no_finite_number_is_refused(kind: str, name: str) -> None:
 
 
 def test_a_repeat_penalty_of_zero_would_divide_by_zero_and_is_refused() -> None:
-    with pytest.raises(OptionError, match="repeat_penalty must be a finite number from 0.01 to 100"):
+    with pytest.raises(OptionError, match=r"repeat_penalty must be a finite number from 0\.01 to 100"):
         SamplingOptions(repeat_penalty=0)
 
 

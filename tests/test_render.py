@@ -633,15 +633,25 @@ def test_a_reply_keeps_its_ids_however_the_template_writes_it(way: str, vocab: s
 
 def test_where_no_token_border_falls_on_the_end_of_a_reply_the_tokens_are_the_plain_calls() -> None:
     source = "{% for m in messages %}{{ 'x ' ~ m.content }}nd more{% endfor %}"
-    ours, plain = load_vocab("spm")
-    assert b"and" in map(ours.piece, plain.tokenize("x and more")) or b" and" in map(
-        ours.piece, plain.tokenize("x and")
-    )
     message = said("a")
-    rendered = renderer(source, "spm").render(
-        [message], [reply(message, plain.tokenize("a")[1:] or plain.tokenize("a"))]
-    )
+    (letter,) = load_vocab("spm-bare")[1].tokenize("a")
+    assert b" and" in map(load_vocab("spm")[0].piece, tokens_of("spm", "x and more"))
+    rendered = renderer(source, "spm").render([message], [reply(message, (letter,))])
     assert rendered.tokens.tolist() == tokens_of("spm", "x and more")
+    assert rendered.n_kept_replies == 0
+
+
+@pytest.mark.parametrize("said_before", [*MARKS, "<|im_end|>", "".join(MARKS) * 3])
+@pytest.mark.parametrize("vocab", ["bpe", "spm-bare"])
+def test_what_stands_for_special_text_in_a_reply_does_not_shift_its_ids(said_before: str, vocab: str) -> None:
+    _, plain = load_vocab(vocab)
+    message = said(f"<think>{said_before}</think>\n\n{REPLY}")
+    ids = in_pieces(plain, message["content"], 1)
+    rendered = renderer("macro", vocab).render([message, user("x")], [reply(message, ids), None])
+    if said_before != "<|im_end|>":  # which is shorter while it passes the template
+        assert holds(rendered.tokens, in_pieces(plain, REPLY, 1)) == 1
+    assert rendered.text == plain_text("macro", vocab, [message, user("x")])
+    assert_spells_its_text(rendered, vocab)
 
 
 def test_a_character_of_several_tokens_that_is_trimmed_is_trimmed_whole() -> None:
@@ -752,11 +762,20 @@ def test_the_next_turn_after_a_reply_of_ours_tokenises_the_new_question_only() -
 
 
 def test_stretches_seen_long_ago_are_forgotten() -> None:
-    memo: Memo[int, int] = Memo(10)
-    for i in range(25):
-        memo[i] = i
-        assert len(memo) <= 10
-    assert list(memo)[-1] == 24
+    memo: Memo[int, int] = Memo(64, lambda key: 4)
+    for i in range(40):
+        assert memo.keep(i, i) == i
+        assert len(memo) <= 16
+    assert memo.get(39) == 39
+    assert memo.get(0) is None
+
+
+def test_a_text_too_heavy_to_remember_is_not_kept() -> None:
+    memo: Memo[str, int] = Memo(64, len)
+    assert memo.keep("12345", 5) == 5
+    assert "12345" not in memo
+    assert memo.keep("1234", 4) == 4
+    assert "1234" in memo
 
 
 class CountingFormatter:

@@ -11,12 +11,29 @@ from .errors import StateError
 from .llama import log
 
 
+class _Inside:
+    """Between these two the owner of the lock is known; `after` runs last, but not in a house that is closed."""
+
+    __slots__ = ("after", "entry")
+
+    def __init__(self, entry: Entry, after: Callable[[], None] | None = None) -> None:
+        self.entry, self.after = entry, after
+
+    def __enter__(self) -> None:
+        self.entry.enter()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.after is not None and not self.entry.closed:
+            self.after()
+        self.entry.leave()
+
+
 class Entry:
-    """A re-entrant lock that knows its process, its threads that may only read, and whether the house is closed.
+    """A lock that knows its process, its owner, the threads that may only read, and whether the house is closed.
 
     `before` runs first inside the lock, `after` last: what happened is published before anybody else comes in.
-    `closing` frees everything, once, and never under a call that is still running: the lock is re-entrant, so a signal
-    handler or a finaliser may come in the middle of one.
+    `closing` frees everything, once. A signal handler or a finaliser may come in the middle of a call of its own
+    thread: it may read, it is refused a change, and a `close` waits for the end of the call.
     """
 
     def __init__(
@@ -24,12 +41,12 @@ class Entry:
     ) -> None:
         self.closed = False
         self._closing = closing
-        self._depth = 0  # of calls inside, all of one thread
+        self._owner: int | None = None  # the thread inside; only a hint once an interrupt has hit the way out
         self._close_when_left = False
         self._before = before
         self._after = after
         self._quiet = quiet
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._pid = os.getpid()
         self._readers: set[int] = set()
 
@@ -54,30 +71,30 @@ class Entry:
         if threading.get_ident() in self._readers:
             raise StateError("from on_progress the manager may only be read; return False to cancel")
 
+    def _is_inside(self) -> bool:
+        """Whether the calling thread is in the middle of a call already."""
+        return self._owner == threading.get_ident() and self._lock.locked()
+
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Hold the lock for a call that may change something."""
         self.check_may_change()
-        with self._lock:
+        if self._is_inside():
+            raise StateError("the manager is in the middle of a call of this thread (a signal handler?); call it later")
+        with self._lock, _Inside(self, self._after):
             self.check()  # somebody may have closed it while this call waited
-            if self._depth:
-                raise StateError("the manager is in the middle of a call of this thread (a signal handler?); later")
             log.capture.quiet = self._quiet
-            self._depth = 1
-            try:
-                self._before()
-                yield
-            finally:
-                self._depth = 0
-                self._after()
-                if self._close_when_left:
-                    self._close_now()
+            self._before()
+            yield
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Hold the lock for a call that only looks."""
         self.check()
-        with self._lock:
+        if self._is_inside():
+            yield
+            return
+        with self._lock, _Inside(self):
             self.check()
             yield
 
@@ -96,12 +113,23 @@ class Entry:
         if self.in_child or self.closed:
             return
         self.check_may_change()
+        if self._is_inside():
+            self._close_when_left = True
+            return
         with self._lock:
-            if self._depth:
-                self._close_when_left = True
-            elif not self.closed:
+            if not self.closed:
                 self._close_now()
 
     def _close_now(self) -> None:
         self.closed = True
         self._closing()
+
+    def enter(self) -> None:
+        """Called with the lock held."""
+        self._owner = threading.get_ident()
+
+    def leave(self) -> None:
+        """Called with the lock still held."""
+        self._owner = None
+        if self._close_when_left and not self.closed:
+            self._close_now()

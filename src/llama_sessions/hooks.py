@@ -47,7 +47,7 @@ class Hooks:
             raise OptionError(f"the before_encode hook must return a list of messages or None, not {changed!r}")
         # What comes back as it was is the original still: what is known beside its dict goes with it.
         originals = {id(copy): message for copy, message in zip(copies, messages, strict=True)}
-        return [m if originals.get(id(m)) != m else originals[id(m)] for m in changed]
+        return [originals[id(m)] if id(m) in originals and originals[id(m)] == m else m for m in changed]
 
     def on_progress(self, done: int, total: int, session: Session) -> bool:
         """Whether to go on; only False itself says no."""

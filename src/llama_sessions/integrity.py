@@ -20,8 +20,6 @@ def problems(store: RowStore, slots: Slots, prefix: Prefix, seats: Sequence[Seat
     seated = [seat.row.seq_id for seat in seats]
     if sorted(seated) != sorted(slots.used()):
         found.append(f"slots in use {sorted(slots.used())} are not those of the sessions {sorted(seated)}")
-    if slots.n_free + len(slots.used()) != slots.capacity:
-        found.append(f"{slots.n_free} free and {len(slots.used())} used slots are not {slots.capacity}")
     expected = set(seated) | ({prefix.seq_id} if prefix.seq_id is not None else set())
     if set(store.rows) != expected:
         found.append(f"rows {sorted(store.rows)} are not those of sessions and prefix {sorted(expected)}")

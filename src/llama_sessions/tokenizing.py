@@ -110,7 +110,9 @@ class StretchTokenizer:
             return None
         ids, borders = spelled
         content = reply.text
-        anchors = [(at, c) for at, c in ((region.a, region.start), (region.b, region.end)) if c is not None]
+        # Beyond its end: literal marks stand for characters of the content, and are longer.
+        places = ((region.a, region.start), (region.b, region.end))
+        anchors = [(at, min(c, len(content))) for at, c in places if c is not None]
         a = anchors[0][0] - anchors[0][1]
         if a >= low and text.startswith(content, a):
             return a, a + len(content), ids

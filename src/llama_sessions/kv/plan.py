@@ -46,6 +46,11 @@ class Plan:
         return self.n_tokens - self.n_reused
 
 
+def first_seen(n: int, caps: Capabilities) -> int:
+    """The first position that a token at position `n` of a window model looks at (llama.cpp's is_masked_swa)."""
+    return max(0, n - caps.n_swa + 1)
+
+
 def can_be_cut(source: Source, n: int, caps: Capabilities) -> bool:
     """Whether the first `n` tokens of a row can be used on their own, by what its memory still holds."""
     if n == 0:
@@ -55,8 +60,8 @@ def can_be_cut(source: Source, n: int, caps: Capabilities) -> bool:
     if caps.keeps_state:
         return n == len(source.tokens)  # a state cannot go back
     if caps.kind is MemoryKind.WINDOW:
-        # The window of the next token must be there; a longer row may have lost it, without any sign.
-        return source.first_pos <= max(0, n - caps.n_swa)
+        # A longer row may have lost the window of the next token, without any sign.
+        return source.first_pos <= first_seen(n, caps)
     return source.first_pos == 0
 
 

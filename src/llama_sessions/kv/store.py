@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import CapacityError, StateError
 from ..report import Stretch
 from ..types import Capabilities, Context, FloatArray, MemoryKind, Run, TokenArray
-from .plan import Plan, Source, can_be_cut
+from .plan import Plan, Source, can_be_cut, first_seen
 from .row import Row
 
 
@@ -264,4 +264,4 @@ class RowStore:
             return False
         if self.caps.kind is not MemoryKind.WINDOW or not n:
             return True
-        return (self.context.memory.pos_min(row.seq_id) or 0) <= max(0, n - self.caps.n_swa + 1)
+        return (self.context.memory.pos_min(row.seq_id) or 0) <= first_seen(n, self.caps)

@@ -238,10 +238,13 @@ def test_a_stream_in_a_with_block_is_ended_at_its_end(cm: ContextManager, engine
 # -- stop strings and limits
 
 
-def scripted(engine: Engine, session: Session, text: str, reply: str, **options: Any) -> Any:
+def scripted(
+    engine: Engine, session: Session, text: str, reply: str, *, by_letter: bool = False, **options: Any
+) -> Any:
     """A stream that samples the tokens of `reply`, whatever the logits say; then the end."""
     cm = engine.cm
-    ids = iter([*(int(t) for t in cm.vocab.tokenize(reply)), eog(cm)])
+    parts = list(reply) if by_letter else [reply]
+    ids = iter([*(int(t) for part in parts for t in cm.vocab.tokenize(part)), eog(cm)])
     stream = engine.stream(session, text, **options)
     stream._generation._sampler.sample = lambda logits: next(ids)
     return stream
@@ -296,6 +299,17 @@ def test_after_a_stop_string_row_and_session_agree_and_a_turn_decodes_only_what_
     assert session.last_prepare.n_reused == n_common
     assert n_common >= len(before) - len(cm.vocab.tokenize("six seven eight"))
     oracle.assert_exact(cm.logits(session), cm.tokens(session))
+
+
+def test_after_a_stop_string_the_ids_before_it_still_stand(cm: ContextManager, engine: Engine) -> None:
+    session = Session()
+    list(scripted(engine, session, "Count!", "five six seven eight", by_letter=True, stop="seven"))
+    assert session.messages[-1]["content"] == "five six "
+    before = cm.tokens(session)
+    session.add_user("Go on.")
+    cm.prepare(session)
+    assert session.last_prepare is not None
+    assert session.last_prepare.n_reused == len(before) - len("seve")  # the n was never decoded
 
 
 @pytest.mark.parametrize("n", [1, 2, 9])
@@ -562,16 +576,22 @@ def test_penalties_act_over_the_last_64_tokens_of_prompt_and_reply(
     assert session.n_past > 64 + 8
 
 
-def test_penalties_forget_what_is_older_than_64_tokens(load: Loader) -> None:
+def test_penalties_forget_what_is_older_than_64_tokens(cm: ContextManager, engine: Engine) -> None:
     """A token of the prompt is punished while it is among the last 64, and no longer."""
-    cm = load()
-    token = int(cm.vocab.tokenize("~")[0])
-    bias = {token: 50.0}
-    punished = {"presence_penalty": 100.0, "temperature": 0.0, "max_tokens": 1}
-    near = Engine(cm).complete("~" + "a" * 40, logit_bias=bias, **punished)
-    far = Engine(cm).complete("~" + "a" * 70, logit_bias=bias, **punished)
-    assert near.tokens != (token,)
-    assert far.tokens == (token,)
+    tilde = int(cm.vocab.tokenize("~")[0])
+    distances = {}
+    for n in range(48, 64):
+        session = Session()
+        reply = engine.chat(
+            session, "~" + "x?" * (n // 2) + "x" * (n % 2), logit_bias={tilde: 50.0}, presence_penalty=100.0,
+            max_tokens=1, **GREEDY,
+        )  # fmt: skip
+        row = [int(t) for t in cm.tokens(session)]
+        assert row.count(tilde) == 1
+        distances[len(row) - row.index(tilde)] = reply.tokens != (tilde,)
+        cm.release(session)
+    assert {64, 65} <= set(distances)
+    assert distances == {distance: distance <= 64 for distance in distances}
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 1e-6}])

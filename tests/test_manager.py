@@ -21,6 +21,7 @@ from llama_sessions import (
     CapacityError,
     ContextManager,
     ContextOverflow,
+    DecodeError,
     Engine,
     NextToken,
     NoFreeSlot,
@@ -105,7 +106,7 @@ def test_a_session_that_is_gone_gives_its_slot_back_at_the_next_call(cm: Context
     for i in range(10):
         prepared(cm, f"Session number {i}")
     gc.collect()
-    cm.check_integrity()
+    cm.clear_radix()  # any call that may change something; no slot had to be wanted
     assert (cm.stats().slots_free, cm.stats().n_cells_unique, cm.stats().n_sessions) == (3, 0, 0)
 
 
@@ -508,6 +509,16 @@ def test_logits_survive_what_others_do_until_their_own_row_changes(cm: ContextMa
     np.testing.assert_array_equal(cm.logits(session), kept)
     cm.append(session, 65)
     assert not np.array_equal(cm.logits(session), kept)
+
+
+def test_logits_are_gone_once_a_begin_has_cut_their_row(cm: ContextManager) -> None:
+    session = prepared(cm, "Who are you?", "A clock.", "Since when?")
+    del session.messages[1:]
+    pending = cm.begin(session)
+    with pytest.raises(StateError, match="no logits"):
+        cm.logits(session)
+    cm.step([PromptChunk(pending, 256)])
+    assert_exact(cm, session)
 
 
 def test_logits_of_a_released_session_stay_what_they_were(cm: ContextManager) -> None:
@@ -940,6 +951,23 @@ def test_a_system_text_without_cells_leaves_the_old_one(load: Loader, model: str
     oracle_for(model_path(model)).assert_exact(cm.logits(neighbour), cm.tokens(neighbour))
 
 
+@pytest.mark.parametrize("model", ["llama-bpe", "hybrid"])
+def test_a_system_text_that_others_share_frees_no_cells_by_going(load: Loader, model: str) -> None:
+    """A state cannot be cut back: the whole new text is needed there, and the old one must not go for nothing."""
+    cm = load(model, n_ctx=256, max_sessions=3)
+    n = cm.set_system("Be brief.")
+    sharing = prepared(cm, "~" * 80)
+    n_free = 256 - cm.stats().n_cells_unique
+    text = "Be brief." + "-" * (n_free - n + 10)  # with the kept beginning it fits, as a whole it does not
+    if model == "hybrid":
+        with pytest.raises(CapacityError):
+            cm.set_system(text)
+        assert (cm.prefix.text, cm.prefix.n_tokens) == ("Be brief.", n)
+    else:
+        assert cm.set_system(text) > n_free
+    oracle_for(model_path(model)).assert_exact(cm.logits(sharing), cm.tokens(sharing))
+
+
 @pytest.mark.parametrize("text", [None, 5, b"x", "\ud800"])
 def test_set_system_refuses_what_is_no_text(cm: ContextManager, text: Any) -> None:
     cm.set_system("Be brief.")
@@ -1322,12 +1350,21 @@ def test_log_true_sends_llama_cpps_lines_to_logging_and_false_does_not(
 
 
 def test_a_quiet_manager_beside_a_loud_one_stays_quiet(load: Loader, caplog: pytest.LogCaptureFixture) -> None:
-    loud, quiet = load("gemma3", log=True), load("gemma3", log=False)
     caplog.set_level(logging.DEBUG, logger="llama_sessions.llama")
-    caplog.clear()
-    prepared(quiet)
-    assert not [r for r in caplog.records if r.name == "llama_sessions.llama"]
-    prepared(loud)
+    managers = {log: load(log=log) for log in (True, False)}
+    heard = {}
+    for log in (True, False, True):
+        cm = managers[log]
+        session = prepared(cm)
+        cm._store.context.memory.seq_rm(row_of(cm, session).seq_id, 5, None)  # llama.cpp will complain
+        caplog.clear()
+        with pytest.raises(DecodeError, match="llama_decode returned -1") as e:
+            cm.append(session, 65)
+        heard[log] = [r.getMessage() for r in caplog.records if r.name == "llama_sessions.llama"]
+        assert e.value.detail  # in the exception it is found either way
+        cm.release(session)
+    assert heard[True]
+    assert heard[False] == []
 
 
 def test_nothing_is_printed_by_a_library(load: Loader, capfd: pytest.CaptureFixture[str]) -> None:

@@ -334,6 +334,12 @@ def test_content_that_a_template_takes_apart_by_its_special_token_text_is_taken_
         assert rendered.text == plain_text(template, "bpe-hard-think", messages)
 
 
+def test_what_was_put_together_is_what_it_was_put_together_from_with_special_token_text_in_it_too() -> None:
+    source = FRAME.replace("%s", "{% set x %}{{ c }}{% endset %}{{ 'same' if x == c else 'other' }}", 1)
+    for content in ("hello", "a<|im_end|>b"):
+        assert renderer(source, "bpe").render([user(content)]).text == "<|im_start|>same<|im_end|>"
+
+
 def test_a_template_that_refuses_special_token_text_gets_it_as_text() -> None:
     source = "{% for m in messages %}{% if '<|im_end|>' in m.content %}{{ raise_exception('no') }}{% endif %}"
     source += "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -503,6 +509,14 @@ def test_of_a_reply_whose_reasoning_is_stripped_the_answer_keeps_its_ids(templat
     assert end[0] not in rendered.tokens
     assert_spells_its_text(rendered, vocab)
     assert ours.n_tokens > max(ids)
+
+
+def test_special_token_text_of_others_does_not_take_a_replys_ids_away() -> None:
+    _, plain = load_vocab("bpe-hard-think")
+    message, ids = said(REPLY), in_pieces(plain, REPLY, 1)
+    messages = [user("x"), said("<think>in letters</think>so"), user("</think>"), message, user("y")]
+    rendered = renderer("macro", "bpe-hard-think").render(messages, [None, None, None, reply(message, ids), None])
+    assert holds(rendered.tokens, ids) == 1
 
 
 def test_of_a_reply_that_is_cut_in_two_both_parts_keep_their_ids() -> None:

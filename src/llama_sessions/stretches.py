@@ -10,6 +10,8 @@ import numpy as np
 from .marks import Marker
 from .types import TokenArray, Vocab
 
+NO_TOKENS: TokenArray = np.empty(0, np.int32)
+NO_TOKENS.flags.writeable = False  # one for all
 _WHITE = " \t\n\v\f\r"  # C's isspace: what a control token with lstrip or rstrip swallows
 
 
@@ -35,7 +37,7 @@ class TextStretch:
     regions: list[Region]
     control: int | None
     n_tokens_before: int = 0
-    tokens: TokenArray = field(default_factory=lambda: np.empty(0, np.int32))
+    tokens: TokenArray = field(default_factory=lambda: NO_TOKENS)
 
 
 def split(marked: str, marker: Marker, vocab: Vocab, trusted: Set[int]) -> list[TextStretch]:
@@ -51,8 +53,9 @@ def split(marked: str, marker: Marker, vocab: Vocab, trusted: Set[int]) -> list[
     opened: tuple[int, int, int] | None = None  # message, where in its content, where in the stretch
     for m in marker.scan.finditer(marked):
         kind = m.lastgroup
-        text = marked[at : m.start()]
-        at = m.end()
+        begin, after = m.span()
+        text = marked[at:begin]
+        at = after
         if swallow:
             text = text.lstrip(_WHITE)
             swallow = not text and kind is not None

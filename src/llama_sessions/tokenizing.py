@@ -11,7 +11,7 @@ import numpy.typing as npt
 from .marks import Marker
 from .memo import Memo
 from .session import SpokenReply
-from .stretches import Region, TextStretch
+from .stretches import NO_TOKENS, Region, TextStretch
 from .types import TokenArray, Vocab
 
 
@@ -46,7 +46,7 @@ class StretchTokenizer:
         """Ids of a stretch, and the messages that kept their own in it."""
         text = stretch.text
         if not text:
-            return np.empty(0, np.int32), set()
+            return NO_TOKENS, set()
         cuts: list[tuple[int, int, TokenArray]] = []
         kept = set()
         for region in stretch.regions:
@@ -74,7 +74,7 @@ class StretchTokenizer:
     def _fresh_tokens(self, text: str, a: int, b: int) -> TokenArray | None:
         """Ids for `text[a:b]` as it stands behind `text[:a]`; None where no token border falls on `a`."""
         if a == b:
-            return np.empty(0, np.int32)
+            return NO_TOKENS
         if a == 0 or not self._vocab.adds_space_prefix:
             return self._tokenize(text[a:b])
         # An SPM vocabulary puts a space before every text it is given: take the ids out of the longer text instead.

@@ -133,7 +133,8 @@ class TemplateWriter:
         leaks = not hot <= marker.messages(written) or marker.controls(written) != marker.controls(safe)
         if not leaks and marker.plain(written) == expected:
             return written
-        return write(lambda m: m.safe)
+        without = write(lambda m: m.safe)
+        return safe if marker.plain(safe) == marker.plain(without) else without
 
     def _template_refuses_system(self) -> bool:
         if self._refuses_system is None:

@@ -12,33 +12,44 @@ import numpy as np
 
 from ..errors import OptionError
 from ..options import SamplingOptions
-from ..types import FloatArray
+from ..types import FloatArray, TokenArray
 
 _N_PENALTY = 64  # tokens of prompt and reply that the penalties look at
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _COLDEST = 1e-20  # below it logits divided by the temperature overflow: the same as greedy
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
+_BLOCKS_OF = 32  # logits
+
+
+def contenders(logits: FloatArray, k: int) -> TokenArray | None:
+    """Ids, ascending, among which the `k` largest logits are; None where that narrows nothing down, or for NaN.
+
+    40 us at 152k, of two passes that only read. `k` must not exceed the number of blocks.
+    """
+    n_blocks = len(logits) // _BLOCKS_OF
+    best = logits[: n_blocks * _BLOCKS_OF].reshape(_BLOCKS_OF, n_blocks).max(axis=0)
+    reached = np.partition(best, n_blocks - k)[n_blocks - k]  # by the best of k blocks, so by k logits at least
+    ids: TokenArray = np.flatnonzero(logits >= reached).astype(np.int32)
+    return ids if k <= len(ids) <= len(logits) // 8 else None
 
 
 class Sampler:
     """One generation's sampler chain: bias, penalties, then greedy, or top-k, top-p, min-p, temperature and a draw.
 
-    `sample` costs what `llama_sampler_sample` costs: one pass over the vocabulary to fill the candidates. Greedy with
-    nothing before it needs none: 10 us instead of 130 at 152k.
+    llama.cpp's samplers want the whole vocabulary as candidates, 1.8 MB to write at 152k. Where nothing comes before
+    it, greedy needs none and top-k only its contenders: 10 and 60 us a token instead of 190.
     """
 
     def __init__(self, options: SamplingOptions, n_vocab: int) -> None:
         self._candidates = np.zeros(n_vocab, _CANDIDATE)
-        self._ids = np.arange(n_vocab, dtype=np.int32)
-        self._candidates["id"] = self._ids
-        # Top-k sorts the candidates in place; without it they stay where they are (half of the fill: 65 us at 152k).
-        self._reorders = options.temperature != 0.0
+        self._in_order = False  # candidate i is token i
         self._array = llama_cpp.llama_token_data_array()
         self._data = ctypes.cast(self._candidates.ctypes.data, ctypes.POINTER(llama_cpp.llama_token_data))
         self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         weakref.finalize(self, llama_cpp.llama_sampler_free, self._chain)
         self._stateful = False
-        self._takes_best = False
+        self._greedy = self._takes_best = False
+        self._top_k = 0  # that is all the chain looks at; 0: at more than that
         for sampler in self._samplers(options, n_vocab):
             llama_cpp.llama_sampler_chain_add(self._chain, sampler)
 
@@ -58,8 +69,10 @@ class Sampler:
                 )
             )
         if o.temperature < _COLDEST:
-            self._takes_best = not chain
+            self._greedy, self._takes_best = True, not chain
             return [*chain, llama_cpp.llama_sampler_init_greedy()]
+        if not chain and o.top_k <= n_vocab // _BLOCKS_OF:
+            self._top_k = o.top_k
         return [
             *chain,
             llama_cpp.llama_sampler_init_top_k(o.top_k),
@@ -81,12 +94,8 @@ class Sampler:
             best = int(logits.argmax())  # the first of equals, as llama.cpp's own
             if math.isfinite(logits[best]):
                 return best
-        cur = self._candidates
-        if self._reorders:
-            cur["id"] = self._ids
-        cur["logit"] = logits
         array = self._array
-        array.data, array.size, array.selected, array.sorted = self._data, len(cur), -1, False
+        array.data, array.size, array.selected, array.sorted = self._data, self._fill(logits), -1, False
         llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(array))
         if not 0 <= array.selected < array.size:
             return None
@@ -97,3 +106,17 @@ class Sampler:
         if self._stateful:
             llama_cpp.llama_sampler_accept(self._chain, token)
         return token
+
+    def _fill(self, logits: FloatArray) -> int:
+        """Put the candidates in; returns how many."""
+        cur = self._candidates
+        ids = contenders(logits, self._top_k) if self._top_k else None
+        if ids is not None:
+            cur["id"][: len(ids)], cur["logit"][: len(ids)] = ids, logits[ids]
+            self._in_order = False
+            return len(ids)
+        if not self._in_order:
+            cur["id"] = np.arange(len(cur), dtype=np.int32)
+        cur["logit"] = logits
+        self._in_order = self._greedy  # the others sort in place
+        return len(cur)

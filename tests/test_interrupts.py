@@ -137,7 +137,7 @@ INTERRUPTED = """
 """
 
 
-@pytest.mark.parametrize(("name", "n"), [("llama-bpe", 200), ("gemma3", 20), ("hybrid", 20)])
+@pytest.mark.parametrize(("name", "n"), [("llama-bpe", 200), ("gemma3", 12), ("hybrid", 12)])
 def test_ctrl_c_at_random_moments_leaves_everything_exact(name: str, n: int) -> None:
     out = run_child(INTERRUPTED, name, str(SEED), str(n), timeout=30)
     assert f"\n{n} interrupts in " in out
@@ -146,7 +146,7 @@ def test_ctrl_c_at_random_moments_leaves_everything_exact(name: str, n: int) -> 
 # A timer seldom hits the one line that matters, so here the interrupt comes at chosen lines: at the n-th one that runs
 # in a file, for as many n, spread evenly over a whole life of a session, as there is time for.
 SWEEP = """
-    import gc, os, sys
+    import gc, linecache, os, sys
     import numpy as np
     from models import model_path
     from oracle import oracle_for
@@ -165,7 +165,9 @@ SWEEP = """
             return self.line if frame.f_code.co_filename == self.file else None
 
         def line(self, frame, event, arg):
-            if event == "line":
+            # CPython looks for signals neither at a try nor while it enters or leaves a with.
+            text = linecache.getline(self.file, frame.f_lineno).strip()
+            if event == "line" and text != "try:" and not text.startswith("with "):
                 if self.n_lines == self.n:
                     self.hit = f"{frame.f_code.co_name}, line {frame.f_lineno}"
                     sys.settrace(None)

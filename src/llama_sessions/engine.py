@@ -37,18 +37,17 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         if self._state == "over":
             raise StopIteration
-        if not self._inside.acquire(blocking=False):
+        if self._inside.locked():
             raise StateError("the stream is being advanced already, by another thread or from within a hook")
-        try:
-            chunk = self._advance()
-        except BaseException:
+        with self._inside:  # and not acquire and release: an interrupt between them would lock it for ever
             try:
-                self._generation.fail()
-            finally:
-                self._state = "over"
-            raise
-        finally:
-            self._inside.release()
+                chunk = self._advance()
+            except BaseException:
+                try:
+                    self._generation.fail()
+                finally:
+                    self._state = "over"
+                raise
         if chunk.reply is not None:
             self._state = "over"
         return chunk
@@ -90,15 +89,13 @@ class Stream(Iterator[Chunk]):
     def close(self) -> None:
         """End the reply with what was said so far; again: nothing. While another thread, or a hook, is inside `next`,
         that `next` ends it after the step it is in."""
-        if not self._inside.acquire(blocking=False):
+        if self._inside.locked():
             self._stop = True
             return
-        try:
+        with self._inside:
             if self._state == "running":
                 self._generation.fail()
             self._state = "over"
-        finally:
-            self._inside.release()
 
     def __enter__(self) -> Stream:
         return self

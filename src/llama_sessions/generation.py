@@ -100,8 +100,8 @@ class Generation:
         token = sampled.token
         if sampled.ends:
             return Chunk(self._stream.push(b"", final=True), token, self.finish("stop"))
+        self._pieces.append(sampled.piece)  # first: an interrupt in between leaves a piece for every token
         self._tokens.append(token)
-        self._pieces.append(sampled.piece)
         shown = self._stream.push(sampled.piece)
         if self._stream.stopped:
             return Chunk(shown, token, self.finish("stop_string"))

@@ -441,10 +441,11 @@ def test_a_row_past_the_window_goes_on_exactly_after_neighbours_decoded(windowed
 
 
 def test_a_row_past_the_window_is_trimmed_only_as_far_as_its_window_is_there(windowed: World) -> None:
-    session = talk(Session(), LONG * 4)
+    session = talk(Session(), LONG * 5)
     windowed.cm.prepare(session)
     n_first = session.n_past
-    windowed.cm.prepare(talk(session, "Yes.", LONG * 2))
+    windowed.cm.prepare(talk(session, "Yes.", "Why? Tell me!"))
+    assert session.n_past - n_first < 63  # so that some of the window of the shorter row is left, but not all
     neighbours_decode_a_lot(windowed)
     eaten = is_eaten(windowed, session)
     del session.messages[1:]
@@ -463,11 +464,11 @@ def test_a_row_with_a_lost_beginning_is_shared_as_a_whole(windowed: World) -> No
 
 
 def test_a_part_of_a_row_is_shared_only_where_its_window_is_there(windowed: World) -> None:
-    first = talk(Session(), LONG * 4, "Yes.", LONG * 2)
+    first = talk(Session(), LONG * 5, "Yes.", "Why? Tell me!")
     windowed.cm.prepare(first)
     neighbours_decode_a_lot(windowed)
     eaten = is_eaten(windowed, first)
-    shorter = talk(Session(), LONG * 4, "No.", "Why?")
+    shorter = talk(Session(), LONG * 5, "No.", "Why?")
     assert windowed.prepare(shorter) == (["decode"] if eaten else ["live", "decode"])
     windowed.exact(first)
 
@@ -514,9 +515,9 @@ def test_a_system_text_past_the_window_is_shared_after_neighbours_decoded(window
 
 
 def test_a_system_text_cut_short_after_neighbours_decoded_is_exact(windowed: World) -> None:
-    windowed.cm.set_system(LONG * 6)
+    windowed.cm.set_system(LONG * 5)
     neighbours_decode_a_lot(windowed)
-    n_prefix = windowed.cm.set_system(LONG * 4 + "Stop.")
+    n_prefix = windowed.cm.set_system(LONG * 4 + LONG[:-8])  # a few tokens shorter: some of its window is left
     session = talk(Session(), "Who are you?")
     assert windowed.prepare(session) == ["prefix", "decode"]
     assert session.last_prepare.n_reused == n_prefix

@@ -65,8 +65,10 @@ class RowStore:
     def n_unique_cells(self) -> int:
         """Cells in use, a shared one counted once. Counted anew only after a share, a trim or an interrupt."""
         if self._n_unique is None:
-            cells = [row.cells for row in self.rows.values() if row.n]
-            self._n_unique = len(np.unique(np.concatenate(cells))) if cells else 0
+            rows = [row.cells for row in self.rows.values() if row.n]
+            # Rows are runs of rising numbers, which a merge sort takes in one pass (np.unique: ten times as long).
+            cells = np.sort(np.concatenate(rows), kind="stable") if rows else np.empty(0, np.int64)
+            self._n_unique = int((cells[1:] != cells[:-1]).sum()) + 1 if len(cells) else 0
         return self._n_unique
 
     def n_free_cells(self) -> int | None:

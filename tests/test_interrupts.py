@@ -246,7 +246,6 @@ def test_an_interrupt_at_any_line_of_the_slots_leaves_everything_exact() -> None
     run_child(SWEEP, "1000", "kv/slots.py", timeout=30)
 
 
-@pytest.mark.xfail(strict=True, reason="Row.write grows two arrays one after the other and asks only the first")
 def test_an_interrupt_while_a_row_grows_leaves_it_as_it_was() -> None:
     n_hits = 0
     for at in range(20):

@@ -54,7 +54,8 @@ class Row:
         end = at + len(tokens)
         if end > len(self._tokens):
             size = max(end, 2 * len(self._tokens))
-            self._tokens = np.concatenate([self._tokens[:at], np.empty(size - at, np.int32)])
-            self._cells = np.concatenate([self._cells[:at], np.empty(size - at, np.int64)])
+            more_tokens = np.concatenate([self._tokens[:at], np.empty(size - at, np.int32)])
+            more_cells = np.concatenate([self._cells[:at], np.empty(size - at, np.int64)])
+            self._tokens, self._cells = more_tokens, more_cells  # both or none, also on an interrupt
         self._tokens[at:end] = tokens
         self._cells[at:end] = cells

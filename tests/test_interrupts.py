@@ -72,13 +72,7 @@ INTERRUPTED = """
         cm.set_system(rng.choice(["", text(10), text(40)]))
         cm.prepare(session)
 
-    def ring(number, frame):
-        if frame.f_code.co_filename.endswith("row.py"):  # not there yet: see the last test of this file
-            signal.setitimer(signal.ITIMER_REAL, 2e-5)
-        else:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    signal.signal(signal.SIGALRM, ring)
+    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
     deeds = [talk, next_turn, edit, stream, regenerate, branch, renew, system]
     bystander = Session("")
     bystander.add_user("I only stand here.")

@@ -1127,16 +1127,17 @@ def test_calls_from_several_threads_run_one_at_a_time(load: Loader) -> None:
         assert_exact(cm, session)
 
 
-def test_two_threads_that_prepare_the_same_session_leave_it_exact(load: Loader) -> None:
-    """One of them may be told that its prompt is void; nobody gets wrong logits."""
+def test_threads_that_prepare_the_same_session_take_turns(load: Loader) -> None:
+    """Without turns each would void the prompt of the one before it."""
     cm = load(n_batch=32)
+    cm.set_hook("on_progress", lambda done, total, session: time.sleep(0.002))  # room for the others to come in
     session = said("Who are you? " * 8)
     outcomes: list[Any] = []
 
     def work() -> None:
         try:
             outcomes.append(cm.prepare(session))
-        except StateError as e:
+        except Exception as e:
             outcomes.append(e)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -1144,9 +1145,8 @@ def test_two_threads_that_prepare_the_same_session_leave_it_exact(load: Loader) 
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert len(outcomes) == 4
-    assert any(isinstance(o, int) for o in outcomes)
-    cm.prepare(session)
+    assert outcomes == [session.n_past] * 4
+    assert cm.stats().n_tokens_decoded == session.n_past  # the first decoded it, the others found it done
     assert_exact(cm, session)
 
 

@@ -1207,6 +1207,43 @@ def test_whatever_is_said_replies_with_their_own_ids_spell_the_plain_render(
     assert bytes_of(vocab, rendered.tokens) == rendered.text.encode()
 
 
+def with_own_ids(plain: Any, messages: Sequence[Message], size: int) -> list[SpokenReply | None]:
+    return [reply(m, in_pieces(plain, m["content"], size)) if m["role"] == "assistant" else None for m in messages]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(anything_said(), anything_said(), st.integers(0, 6), st.integers(0, 3), st.integers(0, 3),
+       st.sampled_from(sorted(TEMPLATES)), st.sampled_from(["bpe", "spm", "spm-bare"]))  # fmt: skip
+def test_a_render_that_goes_on_from_the_last_one_equals_one_from_nothing(
+    before: list[Message], more: list[Message], n_kept: int, n_known: int, size: int, template: str, vocab: str
+) -> None:
+    _, plain = load_vocab(vocab)
+    one = renderer(template, vocab)
+    known = with_own_ids(plain, before, size)
+    first = one.render(before, known)
+    after = [*before[:n_kept], *more]
+    replies = [*known[: min(n_kept, n_known)], *with_own_ids(plain, after, size + 1)[min(n_kept, n_known) :]]
+    warm, cold = one.render(after, replies[: len(after)], last=first), one.render(after, replies[: len(after)])
+    assert warm.tokens.tolist() == cold.tokens.tolist()
+    assert (warm.text, warm.n_kept_replies) == (cold.text, cold.n_kept_replies)
+    for a, b in zip(warm.stretches, cold.stretches, strict=True):
+        assert (a.text, a.regions, a.control, a.end) == (b.text, b.regions, b.control, b.end)
+        assert (a.n_tokens_before, a.tokens.tolist()) == (b.n_tokens_before, b.tokens.tolist())
+
+
+def test_a_render_that_goes_on_takes_what_both_begin_with_from_the_last_one() -> None:
+    one = renderer("chatml", "bpe")
+    messages = [m for i in range(20) for m in (user(f"question {i}"), said(f"answer {i}"))]
+    first = one.render([*messages, user("and now?")])
+    second = one.render([*messages, user("and now?"), said("yes"), user("well?")], last=first)
+    shared = [a is b for a, b in zip(first.stretches, second.stretches, strict=False)]
+    assert shared.index(False) >= len(first.stretches) - 3  # all but the reply header
+    edited = [*messages[:10], user("other"), *messages[11:], user("and now?")]
+    third = one.render(edited, last=first)
+    shared = [a is b for a, b in zip(first.stretches, third.stretches, strict=True)]
+    assert 18 <= shared.index(False) <= 21  # two stretches a message, up to the tenth
+
+
 @given(st.text("ab", max_size=30), st.text("ab", max_size=30), st.text("ab", max_size=30))
 def test_what_two_texts_begin_with_alike_equals_a_loop(shared: str, a: str, b: str) -> None:
     a, b = shared + a, shared + b

@@ -168,14 +168,16 @@ class ContextManager:
         conversation = self._asked(session, holder)
         with self._entry.changing():
             store = self._store
-            tokens = self._prompter.tokens(session, conversation)
+            seat = self._seats.get(session, holder)
+            rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered)
+            tokens = rendered.tokens
             seat = self._true_seat(session, holder)
             wants_logits = not conversation.is_empty
             plan = self._planner.plan(seat, session.namespace, tokens, wants_logits=wants_logits)
             if seat is None:
                 seat = self._seats.take(session)
             seat.n_begun += 1
-            seat.n_prompt = len(tokens)
+            seat.n_prompt, seat.rendered = len(tokens), rendered
             stretches = store.apply(seat.row, plan)
             session.forget_appended()
             session.n_past = n_reused = seat.row.n
@@ -240,8 +242,8 @@ class ContextManager:
         self._seats.get(session, reading=True)
         conversation = self._prompter.conversation(session)
         with self._entry.reading():
-            tokens = self._prompter.tokens(session, conversation)
             seat = self._seats.get(session, reading=True)
+            tokens = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered).tokens
             usable = seat is not None and seat.row.suspect is None and seat.row.namespace == session.namespace
             wants_logits = not conversation.is_empty
             most, n = self._store.caps.n_ctx_seq, len(tokens)

@@ -151,6 +151,7 @@ class Marker:
         marks = [f"{OPEN}(?P<index>\\d+):(?P<start>-?\\d+){BAR}", f"{CLOSE}(?P<closed>\\d+):(?P<end>-?\\d+){BAR}",
                  f"{LITERAL}(?P<literal>\\d+){LITERAL_END}"]  # fmt: skip
         self._marks = re.compile("|".join(marks))
+        self.n_longest = max(map(len, control), default=0)
         # A match with no `lastgroup` is a control token, all of it.
         self.scan = re.compile("|".join([*marks, *words]))
 

@@ -11,7 +11,7 @@ from .errors import OptionError
 from .hooks import Hooks
 from .kv.prefix import Prefix
 from .options import checked_text
-from .render import Renderer
+from .render import Rendered, Renderer
 from .session import Session, SpokenReply, check_message
 from .types import Message, TokenArray
 
@@ -56,17 +56,23 @@ class Prompter:
         seen = self._hooks.before_encode(messages, session)
         return Conversation(seen, session.replies(seen))
 
-    def tokens(self, session: Session, conversation: Conversation) -> TokenArray:
-        """(n,) int32: the whole prompt with the reply header; of an empty conversation the stem that all begin with."""
+    def rendered(self, session: Session, conversation: Conversation, last: Rendered | None) -> Rendered:
+        """The whole prompt with the reply header; of an empty conversation the stem that all begin with.
+
+        `last`: the session's last one, of which is taken what stays.
+        """
         if conversation.is_empty:
             for i, message in enumerate(conversation.messages):
                 check_message(message, f"message {i}")
             text = "".join(m.get("content") or "" for m in conversation.messages)
-            return self._stem(session, text) if text else np.empty(0, np.int32)
-        rendered = self.renderer.render(
-            conversation.messages, conversation.replies, tools=session.tools, variables=session.template_kwargs
+            return Rendered(self._stem(session, text) if text else np.empty(0, np.int32))
+        return self.renderer.render(
+            conversation.messages,
+            conversation.replies,
+            tools=session.tools,
+            variables=session.template_kwargs,
+            last=last,
         )
-        return rendered.tokens
 
     def _stem(self, session: Session, text: str) -> TokenArray:
         return self.renderer.stem(text, tools=session.tools, variables=session.template_kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,33 @@ from .kv.row import common_prefix
 from .marks import Marker
 from .session import SpokenReply, check_message
 from .spans import ContentRange, Span, message_spans
-from .stretches import TextStretch, split
-from .tokenizing import StretchTokenizer
+from .stretches import NO_TOKENS, TextStretch, split
+from .tokenizing import StretchTokenizer, n_common
 from .types import Formatter, Message, TokenArray, Vocab
 from .writing import TemplateWriter
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A prompt: (n,) int32 ids, its plain text, and the stretches it was made of."""
+    """A prompt: (n,) int32 ids, what the template wrote, marks and all, and the stretches that was cut into.
+
+    `replies`: what was known beside each message.
+    """
 
     tokens: TokenArray
-    text: str
-    stretches: tuple[TextStretch, ...]
-    n_kept_replies: int
+    marked: str = ""
+    stretches: Sequence[TextStretch] = ()
+    replies: Sequence[SpokenReply | None] = ()
+
+    @property
+    def text(self) -> str:
+        """The plain text of the prompt. O(n)."""
+        return "".join(text for stretch in self.stretches for text in (stretch.text, stretch.control_text))
+
+    @property
+    def n_kept_replies(self) -> int:
+        """Replies that have the ids they were sampled as."""
+        return len({index for stretch in self.stretches for index in stretch.kept})
 
 
 class Renderer:
@@ -44,7 +58,6 @@ class Renderer:
         self._writer = TemplateWriter(formatter, self._marker, no_think=no_think, system_fallback=system_fallback)
         self._tokenizer = StretchTokenizer(vocab)
         self._control_arrays = {token: np.array([token], np.int32) for token in vocab.control.values()}
-        self._control_text = {token: text for text, token in vocab.control.items()}
         self._tails: dict[str, list[int]] = {}
 
     def render(
@@ -55,10 +68,13 @@ class Renderer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         reply_header: bool = True,
+        last: Rendered | None = None,
     ) -> Rendered:
         """The prompt for `messages`. `replies`: what is known beside each message (`Session.replies`).
 
-        Raises OptionError for a message that is none, TemplateError where the template fails.
+        `last`: an earlier prompt of this renderer; the stretches that both begin with are taken from it, so that a
+        turn costs what is new in it (and the template). Raises OptionError for a message that is none, TemplateError
+        where the template fails.
         """
         for i, message in enumerate(messages):
             check_message(message, f"message {i}")
@@ -69,7 +85,31 @@ class Renderer:
             if reply is not None and (reply.trusted or self._tokenizer.says_control(reply, self._marker))
         }
         marked = self._writer.write(messages, trusted, tools, variables, reply_header)
-        return self._assemble(split(marked, self._marker, self._vocab, trusted), replies)
+        n_same = 0 if last is None else self._n_same(last, marked, replies)
+        head = [] if last is None else list(last.stretches[:n_same])
+        behind = head[-1] if head else None
+        tail = split(marked, self._marker, self._vocab, trusted, behind)
+        before = NO_TOKENS if last is None or behind is None else last.tokens[: behind.n_tokens_until]
+        return Rendered(self._assemble(before, tail, replies), marked, head + tail, replies)
+
+    def _n_same(self, last: Rendered, marked: str, replies: Sequence[SpokenReply | None]) -> int:
+        """Stretches of `last` that `marked` begins with too, tokens and all, up to one where it can be cut."""
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(last.replies, replies, strict=False)))
+        # A control token is the longest that fits, so what follows it has to be the same as well.
+        n_chars = n_common(last.marked, marked) - self._marker.n_longest
+        n_same = 0
+        for i, stretch in enumerate(last.stretches):
+            if stretch.end is None:
+                continue
+            if stretch.end > n_chars:
+                break
+            n_same = i + 1
+        if known < len(last.replies):
+            touched = (i for i in range(n_same) if any(region.index >= known for region in last.stretches[i].regions))
+            n_same = next(touched, n_same)
+            while n_same and last.stretches[n_same - 1].end is None:
+                n_same -= 1
+        return n_same
 
     def stem(
         self,
@@ -101,27 +141,24 @@ class Renderer:
         roles = [m["role"] for m in messages]
         for role in set(roles):
             self._learn_tail(role)
-        return message_spans(contents, roles, self._tails, self._control_text.keys(), rendered.tokens.tolist())
+        return message_spans(contents, roles, self._tails, self._control_arrays.keys(), rendered.tokens.tolist())
 
-    def _assemble(self, stretches: list[TextStretch], replies: Sequence[SpokenReply | None]) -> Rendered:
-        arrays: list[TokenArray] = []
-        texts: list[str] = []
-        n = 0
-        all_kept: set[int] = set()
+    def _assemble(
+        self, before: TokenArray, stretches: Sequence[TextStretch], replies: Sequence[SpokenReply | None]
+    ) -> TokenArray:
+        """The ids of the prompt: `before`, then those of `stretches`, which learn their own here."""
+        arrays: list[TokenArray] = [before]
+        n = len(before)
         for stretch in stretches:
             stretch.n_tokens_before = n
-            tokens, kept = self._tokenizer.tokens(stretch, replies)
-            stretch.tokens = tokens
-            all_kept |= kept
-            texts.append(stretch.text)
-            if len(tokens):
-                arrays.append(tokens)
-                n += len(tokens)
+            stretch.tokens, stretch.kept = self._tokenizer.tokens(stretch, replies)
+            if len(stretch.tokens):
+                arrays.append(stretch.tokens)
+                n += len(stretch.tokens)
             if stretch.control is not None:
                 arrays.append(self._control_arrays[stretch.control])
-                texts.append(self._control_text[stretch.control])
                 n += 1
-        joined = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
+        joined = np.concatenate(arrays)
         fixed = self._one_bos(joined)
         moved = len(fixed) - len(joined)
         if moved:
@@ -129,7 +166,7 @@ class Renderer:
                 stretch.n_tokens_before = max(0, stretch.n_tokens_before + moved)
         if not len(fixed):
             raise TemplateError("the chat template rendered to nothing")
-        return Rendered(fixed, "".join(texts), tuple(stretches), len(all_kept))
+        return fixed
 
     def _one_bos(self, tokens: TokenArray) -> TokenArray:
         """Exactly one BOS where the vocabulary adds one, whether the template writes none, one or two."""

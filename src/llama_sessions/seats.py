@@ -14,6 +14,7 @@ from .errors import OptionError, StateError
 from .kv.row import Row
 from .kv.slots import Slots
 from .kv.store import RowStore
+from .render import Rendered
 from .session import Session
 from .types import FloatArray
 
@@ -29,6 +30,7 @@ class Seat:
     finalizer: Any
     n_begun: int = 0  # which `begin` is the last one; an older Pending is void
     n_prompt: int = 0  # tokens of the prompt begun last; single tokens come after all of them
+    rendered: Rendered | None = None  # that prompt
     logits: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
 
 

@@ -31,27 +31,44 @@ class Region:
 
 @dataclass(slots=True)
 class TextStretch:
-    """Text between two control tokens; `control` is the one that ends it (None: the end of the prompt)."""
+    """Text between two control tokens; `control` is the one that ends it (None: the end of the prompt).
+
+    `end`: where in what the template wrote the next stretch begins; None where content goes on across the border.
+    What stands before and behind such a place can be cut, and tokenised, on its own. `tokens`, how many stand before
+    them in the prompt, and the messages that kept their own ids in it (`kept`) come when the prompt is put together.
+    """
 
     text: str
     regions: list[Region]
     control: int | None
+    control_text: str = ""
+    end: int | None = None
     n_tokens_before: int = 0
     tokens: TokenArray = field(default_factory=lambda: NO_TOKENS)
+    kept: Set[int] = frozenset()
+
+    @property
+    def n_tokens_until(self) -> int:
+        """Tokens of the prompt up to and with `control`."""
+        return self.n_tokens_before + len(self.tokens) + (self.control is not None)
 
 
-def split(marked: str, marker: Marker, vocab: Vocab, trusted: Set[int]) -> list[TextStretch]:
+def split(
+    marked: str, marker: Marker, vocab: Vocab, trusted: Set[int], behind: TextStretch | None = None
+) -> list[TextStretch]:
     """Cut what a template wrote at its control tokens; note which characters come from which message.
 
-    `trusted`: messages whose control tokens are real ones.
+    `trusted`: messages whose control tokens are real ones. `behind`: only what follows this stretch.
     """
     out: list[TextStretch] = []
     parts: list[str] = []
     regions: list[Region] = []
-    length = at = last_mark = 0
-    swallow = False
+    at, swallow = 0, False
+    if behind is not None and behind.end is not None and behind.control is not None:
+        at, swallow = behind.end, vocab.strips(behind.control)[1]
+    length = last_mark = 0
     opened: tuple[int, int, int] | None = None  # message, where in its content, where in the stretch
-    for m in marker.scan.finditer(marked):
+    for m in marker.scan.finditer(marked, at):
         kind = m.lastgroup
         begin, after = m.span()
         text = marked[at:begin]
@@ -86,7 +103,15 @@ def split(marked: str, marker: Marker, vocab: Vocab, trusted: Set[int]) -> list[
                 index, start, a = opened
                 opened = (index, start + length - a + len(m[0]), 0) if index in trusted else None
             joined = "".join(parts)
-            out.append(TextStretch(joined.rstrip(_WHITE) if strips_left else joined, regions, token))
+            out.append(
+                TextStretch(
+                    joined.rstrip(_WHITE) if strips_left else joined,
+                    regions,
+                    token,
+                    m[0],
+                    after if opened is None else None,
+                )
+            )
             parts, regions, length, last_mark = [], [], 0, 0
     rest = marked[at:]
     parts.append(rest.lstrip(_WHITE) if swallow else rest)

@@ -16,7 +16,7 @@ _RESERVED = frozenset({"self", "messages", "tools", "functions", "function_call"
                        "eos_token", "add_generation_prompt", "reply_header", "raise_exception",
                        "strftime_now"})  # fmt: skip
 _KEPT = 16 * 2**20  # characters of contents that are remembered
-_PLAIN = ("role", "content")  # checked, and handled apart
+_PLAIN = {"role", "content"}  # checked, and handled apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,11 @@ class TemplateWriter:
         shown = []
         defuse_all = self._marker.defuse_all
         for i, message in enumerate(messages):
-            fields = {
-                k if k in _PLAIN else defuse_all(k): v if k in _PLAIN else defuse_all(v) for k, v in message.items()
-            }
+            fields = dict(message)
+            if not message.keys() <= _PLAIN:
+                fields = {
+                    k if k in _PLAIN else defuse_all(k): v if k in _PLAIN else defuse_all(v) for k, v in message.items()
+                }
             content = message.get("content")
             if content is None:
                 shown.append(Shown(fields, i, 0, None, None))

@@ -102,7 +102,7 @@ class Batch:
 
 
 def sampler_chain(n_vocab: int, banned: Sequence[int] = (), *, greedy: bool = True, seed: int = 0) -> Any:
-    """The samplers that `SamplingOptions` makes: greedy, or the defaults (top-k 40, top-p 0.95, min-p 0.05, 0.8)."""
+    """The samplers that `GenerationOptions` makes: greedy, or the defaults (top-k 40, top-p 0.95, min-p 0.05, 0.8)."""
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
     add = llama_cpp.llama_sampler_chain_add
     if banned:

@@ -50,10 +50,13 @@ def serve_part(parts: Mapping[str, Part]) -> bool:
 def interleaved(
     script: str, parts: Sequence[str], configs: Callable[[str], Mapping[str, Any]], n_rounds: int
 ) -> dict[str, list[Result]]:
-    """Every part once a round, in order; all results by part. Progress goes to stderr."""
+    """Every part once a round; all results by part. Progress goes to stderr.
+
+    Every second round goes backwards, so that no part gains from its place: a machine is fastest after a rest.
+    """
     results: dict[str, list[Result]] = {part: [] for part in parts}
     for i in range(n_rounds):
-        for part in parts:
+        for part in parts if i % 2 == 0 else reversed(parts):
             started = time.perf_counter()
             results[part].append(run_part(script, part, configs(part)))
             took = time.perf_counter() - started

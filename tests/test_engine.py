@@ -210,7 +210,7 @@ def test_chunks_never_hold_half_a_character(load: Loader) -> None:
     session = Session()
     stream = engine.stream(session, "Who?", max_tokens=2 * len(ids), logit_bias=dict.fromkeys(ids, 10_000.0))
     script = iter(ids * 2)
-    stream._generation._sampler.sample = lambda logits: next(script)  # type: ignore[method-assign]
+    stream._generation._sampler.sample = lambda *_: next(script)  # type: ignore[method-assign]
     texts = [chunk.text for chunk in stream]
     assert texts == [*[""] * (len(ids) - 1), "€"] * 2
     assert session.messages[-1]["content"] == "€€"
@@ -246,7 +246,7 @@ def scripted(
     parts = list(reply) if by_letter else [reply]
     ids = iter([*(int(t) for part in parts for t in cm.vocab.tokenize(part)), eog(cm)])
     stream = engine.stream(session, text, **options)
-    stream._generation._sampler.sample = lambda logits: next(ids)
+    stream._generation._sampler.sample = lambda *_: next(ids)
     return stream
 
 
@@ -391,7 +391,7 @@ def test_reply_ids_stand_even_where_the_tokenizer_would_choose_others(cm: Contex
     ids = iter([*(int(cm.vocab.tokenize(c)[0]) for c in "the"), eog(cm)])  # three tokens; the tokenizer has one
     assert len(cm.vocab.tokenize("the")) < 3
     stream = engine.stream(session, "Say it.")
-    stream._generation._sampler.sample = lambda logits: next(ids)  # type: ignore[method-assign]
+    stream._generation._sampler.sample = lambda *_: next(ids)  # type: ignore[method-assign]
     reply = [*stream][-1].reply
     assert reply is not None
     n_row = session.n_past

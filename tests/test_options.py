@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from llama_sessions import ContextManager, OptionError, RadixOptions
-from llama_sessions.options import LoadOptions, ManagerOptions, SamplingOptions
+from llama_sessions.generation_options import GenerationOptions
+from llama_sessions.options import LoadOptions, ManagerOptions
 
-BUILDERS = {"manager": ManagerOptions, "load": LoadOptions, "sampling": SamplingOptions, "radix": RadixOptions}
+BUILDERS = {"manager": ManagerOptions, "load": LoadOptions, "sampling": GenerationOptions, "radix": RadixOptions}
 NO_INTEGER = [True, False, 1.0, "1", None, [1], math.nan]
 NO_NUMBER = [True, "0.5", b"1", None, [0.5], 1j, math.nan, math.inf, 10**400]
 
@@ -111,7 +112,7 @@ def test_what_is_no_finite_number_is_refused(kind: str, name: str) -> None:
 
 def test_a_repeat_penalty_of_zero_would_divide_by_zero_and_is_refused() -> None:
     with pytest.raises(OptionError, match=r"repeat_penalty must be a finite number from 0\.01 to 100"):
-        SamplingOptions(repeat_penalty=0)
+        GenerationOptions(repeat_penalty=0)
 
 
 @pytest.mark.parametrize(("kind", "name"), BOOLS)
@@ -135,7 +136,7 @@ def test_a_choice_is_one_of_the_known(kind: str, name: str, choices: list[Any]) 
 # -- names
 
 
-@pytest.mark.parametrize(("cls", "what"), [(ManagerOptions, "option"), (SamplingOptions, "generation option")])
+@pytest.mark.parametrize(("cls", "what"), [(ManagerOptions, "option"), (GenerationOptions, "generation option")])
 def test_an_unknown_option_is_refused_with_a_list_of_the_known(cls: Any, what: str) -> None:
     with pytest.raises(OptionError) as raised:
         cls.build({"no_such": 1})
@@ -149,13 +150,13 @@ def test_an_unknown_option_of_load_is_refused_before_the_file_is_looked_at() -> 
     assert known <= set(str(raised.value).split("known: ")[1].split(", "))
 
 
-@pytest.mark.parametrize(("cls", "options"), [(ManagerOptions, {"n_sink": 9}), (SamplingOptions, {"top_k": 9})])
+@pytest.mark.parametrize(("cls", "options"), [(ManagerOptions, {"n_sink": 9}), (GenerationOptions, {"top_k": 9})])
 def test_known_options_are_built_from_a_mapping(cls: Any, options: dict[str, int]) -> None:
     assert cls.build(options) == cls(**options) != cls()
 
 
 def test_the_defaults_are_those_of_the_contract() -> None:
-    manager, load, sampling = ManagerOptions(), LoadOptions(), SamplingOptions()
+    manager, load, sampling = ManagerOptions(), LoadOptions(), GenerationOptions()
     assert (manager.headroom, manager.n_sink, manager.eviction, manager.overflow) == (None, 4, "message", "shift")
     assert (manager.no_think, manager.system_fallback, manager.radix) == (False, None, True)
     assert (manager.idle_park_after_s, manager.log) == (None, True)
@@ -199,18 +200,18 @@ def test_headroom_leaves_room_for_at_least_one_token() -> None:
     ("stop", "stops"), [(None, ()), ("a", ("a",)), (["a", "b"], ("a", "b")), (("ab",), ("ab",)), ([], ())]
 )
 def test_stop_strings_may_be_none_one_or_many(stop: Any, stops: tuple[str, ...]) -> None:
-    assert SamplingOptions(stop=stop).stops == stops
+    assert GenerationOptions(stop=stop).stops == stops
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [b"a"], b"a", ["\ud800"], 5, [None], {"a": 1}, iter(["a"])])
 def test_what_cannot_be_found_in_text_is_no_stop_string(stop: Any) -> None:
     with pytest.raises(OptionError, match="stop"):
-        SamplingOptions(stop=stop)
+        GenerationOptions(stop=stop)
 
 
 def test_logit_bias_takes_numbers_and_minus_infinity() -> None:
     bias = {0: 1, 5: -2.5, 7: -math.inf, 9: np.float32(1.5)}
-    assert SamplingOptions(logit_bias=bias).logit_bias == bias
+    assert GenerationOptions(logit_bias=bias).logit_bias == bias
 
 
 @pytest.mark.parametrize(
@@ -219,10 +220,10 @@ def test_logit_bias_takes_numbers_and_minus_infinity() -> None:
 )
 def test_a_logit_bias_that_is_none_is_refused(bias: Any) -> None:
     with pytest.raises(OptionError, match="logit_bias"):
-        SamplingOptions(logit_bias=bias)
+        GenerationOptions(logit_bias=bias)
 
 
-@pytest.mark.parametrize("options", [ManagerOptions(), LoadOptions(), SamplingOptions(), RadixOptions()])
+@pytest.mark.parametrize("options", [ManagerOptions(), LoadOptions(), GenerationOptions(), RadixOptions()])
 def test_options_cannot_be_changed_after_the_check(options: Any) -> None:
     name = next(iter(options.__dataclass_fields__))
     with pytest.raises(AttributeError):

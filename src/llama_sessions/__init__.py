@@ -8,7 +8,7 @@ with ContextManager.load("model.gguf", max_sessions=8) as cm:
     print(Engine(cm).chat(chat, "What is a KV cache?").text)
 """
 
-from .engine import Engine, Stream
+from .engine import Engine
 from .errors import (
     Cancelled,
     CapacityError,
@@ -24,16 +24,22 @@ from .errors import (
     StateError,
     TemplateError,
 )
+from .generation_options import PRESETS
 from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .manager import ContextManager
 from .options import RadixOptions
 from .pending import NextToken, Pending, PromptChunk
-from .report import Chunk, PrepareReport, Preview, RadixStats, Reply, Stats, StepReport, StepResult, Stretch
+from .reply import Branch, Chunk, Reply, TokenLogprob
+from .reply_parser import ToolCallDelta
+from .report import PrepareReport, Preview, RadixStats, Stats, StepReport, StepResult, Stretch
 from .session import Session
+from .stream import Stream
 from .types import Capabilities, MemoryKind
 
 __all__ = [
+    "PRESETS",
+    "Branch",
     "Cancelled",
     "Capabilities",
     "CapacityError",
@@ -68,6 +74,8 @@ __all__ = [
     "Stream",
     "Stretch",
     "TemplateError",
+    "TokenLogprob",
+    "ToolCallDelta",
     "builtin_model",
 ]
 

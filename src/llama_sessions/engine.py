@@ -2,132 +2,71 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from types import TracebackType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import Cancelled, OptionError, StateError
+from .errors import OptionError, StateError
 from .generation import Generation
+from .generation_options import GenerationOptions
 from .manager import ContextManager
-from .options import SamplingOptions
+from .options import checked_int
 from .prompts import message_list
-from .report import Chunk, Reply
+from .reply import Branch, Reply
 from .session import Session, check_message
-
-
-class Stream(Iterator[Chunk]):
-    """Iterates over the chunks of one reply. Nothing happens before the first `next`.
-
-    Closing it early (`close`, leaving a `with`, or dropping it) ends the reply with what was said so far.
-    """
-
-    _state = "over"  # until __init__ is through: __del__ comes after an interrupted one too
-
-    def __init__(self, cm: ContextManager, generation: Generation) -> None:
-        self._cm = cm
-        self._generation = generation
-        self._inside = threading.Lock()
-        self._stop = False
-        self._state = "new"
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> Chunk:
-        if self._state == "over":
-            raise StopIteration
-        if self._inside.locked():
-            raise StateError("the stream is being advanced already, by another thread or from within a hook")
-        with self._inside:  # and not acquire and release: an interrupt between them would lock it for ever
-            try:
-                chunk = self._advance()
-            except BaseException:
-                try:
-                    self._generation.fail()
-                finally:
-                    self._state = "over"
-                raise
-        if chunk.reply is not None:
-            self._state = "over"
-        return chunk
-
-    def _advance(self) -> Chunk:
-        generation = self._generation
-        if self._state == "new":
-            self._state = "running"
-            generation.start()
-        try:
-            self._decode()
-        except Cancelled:
-            return Chunk("", None, generation.finish("cancelled"))
-        return generation.chunk()
-
-    def _decode(self) -> None:
-        """Whatever the next chunk needs: the rest of the prompt, or the last token."""
-        generation, n_batch = self._generation, self._cm.capabilities.n_batch
-        pending = generation.pending
-        if pending is not None:
-            self._cm.ask_progress(pending)
-        while (work := generation.work(n_batch)) is not None:
-            self._check_stop()
-            self._cm.step_one(work, holder=generation)
-            if pending is not None:
-                self._cm.ask_progress(pending)
-                pending = generation.pending
-        self._check_stop()
-
-    def _check_stop(self) -> None:
-        if self._stop:
-            raise Cancelled("the stream was closed")
-
-    @property
-    def reply(self) -> Reply | None:
-        """The finished reply; None while it is under way."""
-        return self._generation.reply
-
-    def close(self) -> None:
-        """End the reply with what was said so far; again: nothing. While another thread, or a hook, is inside `next`,
-        that `next` ends it after the step it is in."""
-        if self._inside.locked():
-            self._stop = True
-            return
-        with self._inside:
-            if self._state == "running":
-                self._generation.fail()
-            self._state = "over"
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if self._state != "over":
-            self.close()
+from .stateless import Conversations
+from .stream import Stream
+from .together import branches, check_branching
+from .tool_loop import Functions, answer_calls, checked_functions
+from .types import Message
 
 
 class Engine:
-    """Replies of one session at a time. Generation options: see `SamplingOptions`."""
+    """Replies of one session at a time. Generation options: see `GenerationOptions`."""
 
     def __init__(self, cm: ContextManager) -> None:
         if not isinstance(cm, ContextManager):
             raise OptionError(f"Engine takes a ContextManager, not {cm!r}")
         self.cm = cm
+        self._conversations = Conversations(cm)
 
-    def stream(self, session: Session, text: str | None = None, **options: Any) -> Stream:
+    def stream(
+        self,
+        session: Session | None = None,
+        text: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> Stream:
         """The reply as chunks, one a sampled token; the last carries the `Reply`. `text` None answers the session as
-        it stands. Several streams of different sessions may be advanced in turn."""
+        it stands. Several streams of different sessions may be advanced in turn.
+
+        `messages` (and `tools`) instead of a session: a stateless call with the whole conversation, of which only what
+        is new since an earlier call is decoded.
+        """
+        checked = GenerationOptions.build(options)
+        if messages is not None:
+            if session is not None or text is not None:
+                raise OptionError("pass a session (and a text), or messages; not both")
+            session = self._conversations.session_for(messages, tools)
+        elif tools is not None:
+            raise OptionError("tools go with messages; a session has its own: Session(tools=...)")
         if not isinstance(session, Session):
             raise OptionError(f"a Session is wanted, not {session!r}")
-        checked = SamplingOptions.build(options)
         return Stream(self.cm, Generation(self.cm, session, text, checked))
 
-    def chat(self, session: Session, text: str | None = None, **options: Any) -> Reply:
+    def chat(
+        self,
+        session: Session | None = None,
+        text: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> Reply:
         """The whole reply; it is appended to the session. Fails before its first token: the user's message is taken
-        back."""
-        with self.stream(session, text, **options) as stream:
+        back. `messages`: see `stream`."""
+        with self.stream(session, text, messages=messages, tools=tools, **options) as stream:
             for _ in stream:
                 pass
             if stream.reply is None:
@@ -155,6 +94,43 @@ class Engine:
             if not messages or messages[-1].get("role") != "assistant":
                 messages.append(old)
             raise
-        if not reply.n_generated and reply.stop_reason == "cancelled":
+        if not reply.n_generated and reply.stop_reason in ("cancelled", "timeout"):
             messages.append(old)
+        return reply
+
+    def replies(self, session: Session, text: str | None = None, *, n: int = 4, **options: Any) -> list[Branch]:
+        """`n` replies to the same prompt, decoded together: the prompt is decoded once, each step samples a token for
+        all of them.
+
+        Each is in a fork of its own (`branch.session`), to go on with or to release; `session` itself keeps the
+        question and gets no answer. A `seed` is that of the first, the next one's is one more. Takes `n` slots more.
+        On an error the session is as before.
+        """
+        checked = GenerationOptions.build(options)
+        check_branching(checked)
+        return branches(self.cm, session, text, checked_int("n", n, 1, self.cm.capabilities.n_batch), checked)
+
+    def run_tools(
+        self,
+        session: Session,
+        functions: Functions,
+        text: str | None = None,
+        *,
+        max_rounds: int = 8,
+        **options: Any,
+    ) -> Reply:
+        """Chat, run what the model calls, tell it the results, and so on until it answers in words.
+
+        `functions`: by name, or a list of functions that have the names. An error of theirs goes to the model as the
+        result. After `max_rounds` rounds of calls the last reply is returned as it is, its calls unanswered.
+        """
+        named = checked_functions(functions)
+        if not session.tools:
+            raise OptionError("the session offers no tools to the model; make it with Session(tools=[...])")
+        reply = self.chat(session, text, **options)
+        for _ in range(checked_int("max_rounds", max_rounds, 1)):
+            if not reply.tool_calls or reply.stop_reason in ("cancelled", "timeout"):
+                break
+            answer_calls(session, reply.tool_calls, named)
+            reply = self.chat(session, **options)
         return reply

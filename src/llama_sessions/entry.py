@@ -12,20 +12,34 @@ from .llama import log
 
 
 class _Inside:
-    """Between these two the owner of the lock is known; `after` runs last, but not in a house that is closed."""
+    """The inside of the house: between these two the owner of the lock is known. One object serves all calls.
 
-    __slots__ = ("after", "entry")
+    `before` runs first; `after` runs last, but not in a house that is closed.
+    """
 
-    def __init__(self, entry: Entry, after: Callable[[], None] | None = None) -> None:
-        self.entry, self.after = entry, after
+    __slots__ = ("after", "before", "entry")
+
+    def __init__(
+        self, entry: Entry, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+    ) -> None:
+        self.entry, self.before, self.after = entry, before, after
 
     def __enter__(self) -> None:
         self.entry.enter()
+        try:
+            self.entry.check()  # somebody may have closed it while this call waited
+            if self.before is not None:
+                self.before()
+        except BaseException:
+            self.entry.leave()
+            raise
 
     def __exit__(self, *exc: object) -> None:
-        if self.after is not None and not self.entry.closed:
-            self.after()
-        self.entry.leave()
+        try:
+            if self.after is not None and not self.entry.closed:
+                self.after()
+        finally:
+            self.entry.leave()
 
 
 class Entry:
@@ -37,16 +51,25 @@ class Entry:
     """
 
     def __init__(
-        self, before: Callable[[], None], after: Callable[[], None], closing: Callable[[], None], *, quiet: bool
+        self,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        closing: Callable[[], None],
+        is_gone: Callable[[], bool],
+        *,
+        quiet: bool,
     ) -> None:
         self.closed = False
+        self._is_gone = is_gone
         self._closing = closing
         self._owner: int | None = None  # the thread inside; only a hint once an interrupt has hit the way out
         self._close_when_left = False
         self._before = before
-        self._after = after
         self._quiet = quiet
         self._lock = threading.Lock()
+        self.change = _Inside(self, self._begin, after)
+        self.use = _Inside(self, self._begin)
+        self._looking = _Inside(self)
         self._pid = os.getpid()
         self._readers: set[int] = set()
 
@@ -64,6 +87,8 @@ class Entry:
             )
         if self.closed:
             raise StateError("the manager is closed; load the model again")
+        if self._is_gone():
+            raise StateError("the Llama whose weights this manager uses was closed; close the manager first next time")
 
     def check_may_change(self) -> None:
         """StateError also for a thread that may only read now."""
@@ -75,27 +100,25 @@ class Entry:
         """Whether the calling thread is in the middle of a call already."""
         return self._owner == threading.get_ident() and self._lock.locked()
 
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Hold the lock for a call that may change something."""
+    def gate(self) -> threading.Lock:
+        """The lock, for a call that may change something: `with entry.gate(), entry.change:`.
+
+        `entry.change` publishes what happened at its end, `entry.use` does not. Two steps, as only a lock's own
+        `with` cannot be hit by an interrupt between taking it and knowing so.
+        """
         self.check_may_change()
         if self._is_inside():
             raise StateError("the manager is in the middle of a call of this thread (a signal handler?); call it later")
-        with self._lock, _Inside(self, self._after):
-            self.check()  # somebody may have closed it while this call waited
-            log.capture.quiet = self._quiet
-            self._before()
-            yield
+        return self._lock
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Hold the lock for a call that only looks."""
+        """Hold the lock for a call that only looks; from within a call of its own thread, at once."""
         self.check()
         if self._is_inside():
             yield
             return
-        with self._lock, _Inside(self):
-            self.check()
+        with self._lock, self._looking:
             yield
 
     @contextmanager
@@ -112,7 +135,8 @@ class Entry:
         """Close the door, at the end of the call that is under way; nothing if closed already, or in a forked child."""
         if self.in_child or self.closed:
             return
-        self.check_may_change()
+        if not self._is_gone():
+            self.check_may_change()
         if self._is_inside():
             self._close_when_left = True
             return
@@ -123,6 +147,10 @@ class Entry:
     def _close_now(self) -> None:
         self.closed = True
         self._closing()
+
+    def _begin(self) -> None:
+        log.capture.quiet = self._quiet
+        self._before()
 
     def enter(self) -> None:
         """Called with the lock held."""

@@ -7,45 +7,58 @@ token is decoded: between two steps anything may happen to other sessions.
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import suppress
 
 from .errors import OptionError, StateError
+from .generation_options import GenerationOptions
+from .llama.grammar import Grammar, gbnf_of_schema
 from .llama.sampler import Sampler
 from .manager import ContextManager
-from .options import SamplingOptions, checked_text
+from .options import checked_text
 from .pending import NextToken, Pending, PromptChunk, Work
-from .prompts import message_list
-from .report import Chunk, Reply
+from .prompts import check_partial, message_list
+from .reply import Chunk, Reply, TokenLogprob, logprobs_of, reply_fields
+from .reply_parser import Part, ReplyParser
 from .session import Session, check_message
-from .text_stream import TextStream
-from .types import Message
+from .speech import Speech
+from .types import FloatArray, Message
+
+_TAIL = 256  # characters of the prompt in which a reply header is looked for
 
 
 class Generation:
-    """A reply of one session. Call `start`; then, until `reply` is there: `work`, a step of it, `chunk`.
+    """A reply of one session. Call `start`; then, until `reply` is there: `work`, a step of it, `chunks`.
 
     Whatever ends it (`finish`, `fail`) leaves the session with what was said, and lets its row go.
     """
 
-    def __init__(self, cm: ContextManager, session: Session, text: str | None, options: SamplingOptions) -> None:
-        messages = message_list(session)
-        if text is not None:
-            checked_text("the user's text", text)
-        elif not messages:
-            raise OptionError("there is nothing to answer: the session has no messages; pass a text")
-        elif check_message(messages[-1], "the last message")["role"] == "assistant":
-            raise OptionError("the last message is the assistant's already; pass a text, or use regenerate")
+    def __init__(
+        self,
+        cm: ContextManager,
+        session: Session,
+        text: str | None,
+        options: GenerationOptions,
+        *,
+        holder: object | None = None,
+    ) -> None:
+        """`holder`: who holds the session meanwhile, and steps it; None: the generation itself."""
+        _check_question(message_list(session), text, options)
         self.session = session
+        self.holder = self if holder is None else holder
         self.reply: Reply | None = None
         self._cm = cm
         self._text = text
         self._options = options
         self._sampler = Sampler(options, cm.capabilities.n_vocab)
-        self._stream = TextStream(options.stops)
-        self._tokens: list[int] = []
-        self._pieces: list[bytes] = []
+        self._grammar = _grammar(cm, options)
+        self._speech = Speech(options.stops, ReplyParser(cm.reply_format))
+        self._logprobs: list[TokenLogprob] = []
+        self._forced: deque[int] = deque()
+        self._n_thinking = 0
         self._user: Message | None = None
         self._asked: Message | None = None
+        self._partial: str | None = None  # what the message to continue said before
         self._pending: Pending | None = None
         self._started = 0.0
         self._first_token_s = 0.0
@@ -55,93 +68,180 @@ class Generation:
         """The prompt under way, or None before `start` and once it is decoded."""
         return self._pending if self._pending is not None and not self._pending.done else None
 
+    @property
+    def is_late(self) -> bool:
+        """Whether `timeout_s` is over."""
+        most = self._options.timeout_s
+        return most is not None and time.perf_counter() - self._started >= most
+
     def start(self) -> None:
         """Add the user's message, hold the session, begin the prompt. On an error everything is as before."""
         self._started = time.perf_counter()
-        cm, session = self._cm, self.session
-        cm.hold(session, self)
+        cm, session, options = self._cm, self.session, self._options
+        cm.hold(session, self.holder)
         try:
             if self._text is not None:
                 self._user = {"role": "user", "content": self._text}
                 session.messages.append(self._user)
             self._asked = session.messages[-1]
-            self._pending = cm.begin(session, holder=self)
+            if options.continue_last:
+                self._partial = check_partial(session.messages)["content"]
+            self._pending = cm.begin(session, holder=self.holder, continue_last=options.continue_last)
             if not self._pending.wants_logits:
                 raise OptionError("there is nothing to answer: only a system text; pass a text, or add a user message")
             self._sampler.begin(self._pending.tokens)
+            thinks = cm.reply_format.starts_thinking(self._pending.rendered.tail(_TAIL))
+            parser = ReplyParser(cm.reply_format, tools=bool(session.tools), thinking_open=thinks)
+            self._speech = Speech(options.stops, parser)
         except BaseException:
             self.fail()
             raise
 
     def work(self, n_tokens: int) -> Work | None:
         """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
-        pending = self._begun()
+        pending, tokens = self._begun(), self._speech.tokens
         if not pending.done:
             return PromptChunk(pending, n_tokens)
         n_decoded = pending.row.n - pending.n_tokens
-        return NextToken(self.session, self._tokens[n_decoded]) if n_decoded < len(self._tokens) else None
+        return NextToken(self.session, tokens[n_decoded]) if n_decoded < len(tokens) else None
 
     def _begun(self) -> Pending:
         if self._pending is None:
             raise StateError("the generation was not started")
         return self._pending
 
-    def chunk(self) -> Chunk:
-        """Sample a token from the logits that are ready; ends the reply where that token does."""
-        cm, options = self._cm, self._options
-        sampled = cm.sample(self.session, self._sampler, holder=self)
-        if not self._tokens and not self._first_token_s:
+    def chunks(self) -> list[Chunk]:
+        """Sample a token from the logits that are ready: a chunk of it, one more for each further kind of text in it.
+        Ends the reply where that token does."""
+        token = self._cm.read_logits(self.session, self._choose, holder=self.holder)
+        if not self._first_token_s:
             self._first_token_s = time.perf_counter() - self._started
-        if sampled is None:
+        if token is None and self._grammar is not None:
+            return self._last_chunks(None, [], "grammar_dead_end")
+        if token is None:
             raise OptionError(
                 "no token can be sampled: no logit is finite; allow more tokens in logit_bias, or lower what is added "
                 "(if nothing is banned, the model itself gives no finite logits)"
             )
-        token = sampled.token
-        if sampled.ends:
-            return Chunk(self._stream.push(b"", final=True), token, self.finish("stop"))
-        self._pieces.append(sampled.piece)  # first: an interrupt in between leaves a piece for every token
-        self._tokens.append(token)
-        shown = self._stream.push(sampled.piece)
-        if self._stream.stopped:
-            return Chunk(shown, token, self.finish("stop_string"))
-        most = cm.capabilities.n_row_max
+        vocab, speech = self._cm.vocab, self._speech
+        if vocab.is_eog(token):
+            return self._last_chunks(token, [], "stop")
+        self._n_thinking += speech.is_thinking
+        parts = speech.push(token, vocab.piece(token))
+        if speech.stopped:
+            return self._last_chunks(token, parts, "stop_string")
+        most = self._cm.capabilities.n_row_max
         at_the_wall = most is not None and self._begun().row.n >= most
-        if len(self._tokens) >= options.max_tokens or at_the_wall:
-            shown += self._stream.push(b"", final=True)
-            return Chunk(shown, token, self.finish("stop_string" if self._stream.stopped else "length"))
-        return Chunk(shown, token)
+        if len(speech.tokens) >= self._options.max_tokens or at_the_wall:
+            return self._last_chunks(token, parts, "length")
+        return self._as_chunks(token, parts)
+
+    def _choose(self, logits: FloatArray) -> int | None:
+        """The next token, by force or by the sampler, noted with its log-probability."""
+        options, speech = self._options, self._speech
+        if speech.is_thinking and not self._forced and options.think_budget is not None:
+            if self._n_thinking >= options.think_budget:
+                closing = self._cm.reply_format.think_close
+                self._forced.extend(self._cm.vocab.tokenize(closing, special=True).tolist())
+        if self._forced:
+            token: int | None = self._forced.popleft()
+            self._sampler.accept(token)
+        else:
+            token = self._sampler.sample(logits, None if speech.is_thinking else self._grammar)
+        if token is not None and options.logprobs is not None:
+            own, best = logprobs_of(logits, token, options.logprobs)
+            piece = self._cm.vocab.piece
+            top = tuple(TokenLogprob(t, piece(t), p) for t, p in best)
+            self._logprobs.append(TokenLogprob(token, piece(token), own, top))
+        return token
+
+    def _as_chunks(self, token: int | None, parts: list[Part], reply: Reply | None = None) -> list[Chunk]:
+        """A chunk for each part; the first has the token, the last the reply."""
+        if not parts:
+            parts = [Part("thinking" if self._speech.is_thinking else "content", "")]
+        has_logprob = token is not None and self._logprobs
+        chunks = []
+        for i, part in enumerate(parts):
+            first, last = i == 0, i == len(parts) - 1
+            chunks.append(
+                Chunk(
+                    part.text,
+                    token if first else None,
+                    reply if last else None,
+                    part.kind,
+                    part.tool_call,
+                    self._logprobs[-1] if first and has_logprob else None,
+                )
+            )
+        return chunks
+
+    def _last_chunks(self, token: int | None, parts: list[Part], stop_reason: str) -> list[Chunk]:
+        parts = parts + self._speech.end()
+        return self._as_chunks(token, parts, self.finish(stop_reason))
 
     def finish(self, stop_reason: str) -> Reply:
         """End the reply; what was said goes into the session. Before the first token nothing was: the user's message
         goes back."""
         if self.reply is not None:
             return self.reply
-        self._stream.push(b"", final=True)
-        text, pending = self._stream.text, self._pending
+        speech, pending = self._speech, self._pending
+        speech.end()
+        tokens = speech.tokens
+        said_something = bool(tokens) or stop_reason in ("stop", "grammar_dead_end")
         try:
-            if not self._tokens and stop_reason != "stop":
+            if said_something:
+                self._add_to_session()
+            else:
                 self._take_back()
-            elif not self._is_said(text):
-                self.session.add_reply(text, self._ids_spelling(text), behind=self._asked)
         finally:
-            self._cm.let_go(self.session, self)
-        if not self._tokens and stop_reason != "stop":
+            self._cm.let_go(self.session, self.holder)
+        if not said_something:
             self._leave_an_empty_row()
         n_prompt, n_reused = (0, 0) if pending is None else (pending.n_tokens, pending.n_reused)
-        n_done = n_prompt if self._tokens or stop_reason == "stop" else 0 if pending is None else pending.row.n
+        n_done = n_prompt if said_something else 0 if pending is None else pending.row.n
         self.reply = Reply(
-            text=text,
-            tokens=tuple(self._tokens),
+            text=speech.text,
+            tokens=tuple(tokens),
             stop_reason=stop_reason,
             n_prompt=n_prompt,
             n_reused=n_reused,
             n_decoded=max(0, min(n_done, n_prompt) - n_reused),
-            n_generated=len(self._tokens),
+            n_generated=len(tokens),
             first_token_s=self._first_token_s,
             total_s=time.perf_counter() - self._started,
+            thinking=speech.thinking,
+            tool_calls=tuple(speech.tool_calls),
+            logprobs=tuple(self._logprobs[: len(tokens)]),
         )
         return self.reply
+
+    def _add_to_session(self) -> None:
+        """What was said, once: an interrupted `finish` may have got as far as the session."""
+        session, speech, asked = self.session, self._speech, self._asked
+        model = self._cm.capabilities.fingerprint
+        ids = speech.ids_spelling(speech.text)
+        if self._partial is not None:
+            if asked is not None and asked["content"] == self._partial:
+                before = self._spelling_before(self._partial)
+                session.extend_reply(
+                    asked, self._partial + speech.text, before + ids if len(before) or not self._partial else [],
+                    model=model,
+                )
+            return
+        fields = reply_fields(speech.thinking, speech.tool_calls)
+        last = session.messages[-1] if session.messages else None
+        if last is None or last is asked or last != {"role": "assistant", "content": speech.text, **fields}:
+            session.add_reply(speech.text, ids, model=model, behind=asked, **fields)
+
+    def _spelling_before(self, text: str) -> list[int]:
+        """The last ids of the prompt, as far as they spell `text`; empty if they do not."""
+        data, spelled, ids = text.encode(), b"", list[int]()
+        for token in reversed(self._begun().tokens.tolist()):
+            if len(spelled) >= len(data):
+                break
+            spelled = self._cm.vocab.piece(token) + spelled
+            ids.insert(0, token)
+        return ids if spelled == data else []
 
     def _leave_an_empty_row(self) -> None:
         """A session that got nowhere must not keep a slot from others."""
@@ -154,21 +254,30 @@ class Generation:
         if self.reply is None:
             self.finish("cancelled")
 
-    def _is_said(self, text: str) -> bool:
-        """Whether an interrupted `finish` got as far as the session."""
-        last = self.session.messages[-1] if self.session.messages else None
-        return last is not None and last is not self._asked and last == {"role": "assistant", "content": text}
-
     def _take_back(self) -> None:
         messages = self.session.messages
         if self._user is not None and messages and messages[-1] is self._user:
             messages.pop()
 
-    def _ids_spelling(self, text: str) -> list[int]:
-        """The sampled ids as far as they spell the text (a stop string at the end is cut off both)."""
-        data, spelled = text.encode(), b""
-        for n in range(len(self._tokens)):
-            if spelled == data:
-                return self._tokens[:n]
-            spelled += self._pieces[n]
-        return self._tokens if spelled == data else []
+
+def _check_question(messages: list[Message], text: str | None, options: GenerationOptions) -> None:
+    """OptionError where there is nothing to answer, or nothing to continue."""
+    if options.continue_last:
+        if text is not None:
+            raise OptionError("continue_last goes on with the last message; it takes no text")
+        check_partial(messages)
+    elif text is not None:
+        checked_text("the user's text", text)
+    elif not messages:
+        raise OptionError("there is nothing to answer: the session has no messages; pass a text")
+    elif check_message(messages[-1], "the last message")["role"] == "assistant":
+        raise OptionError(
+            "the last message is the assistant's already; pass a text, use regenerate, or continue_last=True"
+        )
+
+
+def _grammar(cm: ContextManager, options: GenerationOptions) -> Grammar | None:
+    """What the options ask the reply to be, compiled for this vocabulary."""
+    if options.json_schema is not None:
+        return cm.grammar(gbnf_of_schema(options.json_schema))
+    return None if options.grammar is None else cm.grammar(options.grammar)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,27 +11,48 @@ from .llama import log
 from .llama.context import LlamaContext
 from .llama.model import Model
 from .options import LoadOptions, checked_text
-from .types import Context, Formatter, Vocab
+from .types import Context, Formatter, Message, Vocab
 
 
 def _nothing() -> None:
     pass
 
 
+def _never() -> bool:
+    return False
+
+
+class Untemplated:
+    """A formatter that puts contents together as they stand."""
+
+    def render(self, messages: Sequence[Message], *, reply_header: bool = True, **variables: Any) -> str:
+        return "".join(str(message.get("content") or "") for message in messages)
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A context and what belongs to it; `close` frees what is ours."""
+    """A context and what belongs to it; `close` frees what is ours. `is_gone`: somebody else freed the weights."""
 
     context: Context
     vocab: Vocab
     formatter: Formatter
     close: Callable[[], None] = _nothing
+    is_gone: Callable[[], bool] = _never
 
 
 def load_parts(path: str | os.PathLike[str], options: LoadOptions, chat_template: str | None, *, quiet: bool) -> Parts:
     """Weights, context, vocabulary and template of a GGUF; all freed again if one of them cannot be had."""
     log.capture.quiet = quiet
-    model = Model.load(path, n_gpu_layers=options.n_gpu_layers)
+    return _parts_over(Model.load(path, n_gpu_layers=options.n_gpu_layers), options, chat_template)
+
+
+def borrow_parts(llm: Any, options: LoadOptions, chat_template: str | None, *, quiet: bool) -> Parts:
+    """A context of our own over the weights of a `llama_cpp.Llama`, which is kept alive."""
+    log.capture.quiet = quiet
+    return _parts_over(Model.borrow(llm), options, chat_template)
+
+
+def _parts_over(model: Model, options: LoadOptions, chat_template: str | None) -> Parts:
     context = None
     try:
         vocab = model.vocab()
@@ -46,7 +67,7 @@ def load_parts(path: str | os.PathLike[str], options: LoadOptions, chat_template
         context.close()
         model.close()
 
-    return Parts(context, vocab, template, close)
+    return Parts(context, vocab, template, close, lambda: model.is_gone)
 
 
 def adopt_parts(ctx: Any, vocab: Any, chat_template: str | None) -> Parts:

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .entry import Entry
-from .errors import Cancelled, CapacityError, StateError
+from .errors import Cancelled, OptionError, StateError
 from .hooks import Hooks
 from .integrity import check
 from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .kv.store import RowStore
-from .llama.sampler import Sampler
-from .loading import Parts, adopt_parts, load_parts
+from .llama.grammar import Grammar
+from .loading import Parts, Untemplated, adopt_parts, borrow_parts, load_parts
 from .options import LoadOptions, ManagerOptions, checked_bool, checked_int, checked_text
 from .overview import Overview
-from .pending import NextToken, Pending, PromptChunk, Sampled, Work
-from .planner import Planner, check_length
+from .pending import NextToken, Pending, PromptChunk, Work
+from .planner import check_length
+from .preparing import Preparer
 from .prompts import Conversation, Prompter
 from .render import Renderer
+from .reply_format import ReplyFormat
 from .report import Preview, Stats, StepReport, StepResult
-from .seats import Seat, Seats
+from .seats import Seats
 from .session import Session
 from .stepper import Stepper
 from .types import Capabilities, FloatArray, TokenArray
 
 logger = logging.getLogger("llama_sessions")
+
+T = TypeVar("T")
 
 _LATER = ("on_evict", "sink_fn", "headroom", "n_sink", "eviction", "overflow", "radix", "idle_park_after_s")
 _NO_TOKENS = np.empty(0, np.int32)
@@ -61,11 +65,26 @@ class ContextManager:
         `type_v` (ggml types; default f16), `flash_attn="auto"`, `swa_full=True`, `kv_unified=True`; the rest are
         `ManagerOptions`. Raises OptionError, ModelError, TemplateError; costs the load of the weights.
         """
+        return cls._made(partial(load_parts, path), chat_template, options)
+
+    @classmethod
+    def from_llama(cls, llm: Any, *, chat_template: str | None = None, **options: Any) -> ContextManager:
+        """A context of our own over the weights of a `llama_cpp.Llama`, which stays usable and is kept alive.
+
+        Options as in `load`, but for `n_gpu_layers`: the weights are where they are. Close the manager before the
+        `Llama`. Raises OptionError, ModelError, TemplateError; costs a context, no second load.
+        """
+        if "n_gpu_layers" in options:
+            raise OptionError("n_gpu_layers was decided when the Llama was loaded; leave it out here")
+        return cls._made(partial(borrow_parts, llm), chat_template, options)
+
+    @classmethod
+    def _made(cls, make: Callable[..., Parts], chat_template: str | None, options: dict[str, Any]) -> ContextManager:
         load, rest = LoadOptions.split(options)
         checked = ManagerOptions.build(rest)
         if chat_template is not None:
             checked_text("chat_template", chat_template)
-        return cls.over(load_parts(path, load, chat_template, quiet=not checked.log), **rest)
+        return cls.over(make(load, chat_template, quiet=not checked.log), **rest)
 
     @classmethod
     def over(cls, parts: Parts, **options: Any) -> ContextManager:
@@ -88,11 +107,15 @@ class ContextManager:
         renderer = Renderer(
             parts.formatter, parts.vocab, no_think=options.no_think, system_fallback=options.system_fallback
         )
-        self._prompter = Prompter(renderer, self.prefix, self._hooks)
-        self._planner = Planner(self._store, self._seats, self.prefix)
+        raw = Renderer(Untemplated(), parts.vocab, trusts_all=True)
+        self._prompter = Prompter(renderer, raw, self.prefix, self._hooks, caps.fingerprint)
+        self._reply_format = ReplyFormat.of(getattr(parts.formatter, "text", ""))
+        self._preparer = Preparer(self._store, self._seats, self.slots, self.prefix, self._prompter)
         self._stepper = Stepper(self._store, self._seats)
-        self._overview = Overview(self._store, self.slots, self.prefix, self._seats, options)
-        self._entry = Entry(self._seats.drain, self._overview.publish, self._free, quiet=not options.log)
+        self._overview = Overview(self._store, self.slots, self.prefix, self._seats, self._preparer, options)
+        self._entry = Entry(
+            self._seats.drain, self._overview.publish, self._free, parts.is_gone, quiet=not options.log
+        )
         for name in _LATER:
             if name in given:
                 logger.info("option %s is accepted and checked; it takes effect in a later version", name)
@@ -124,18 +147,34 @@ class ContextManager:
         """The vocabulary: `tokenize(text)`, `piece(token)`, `is_eog(token)`."""
         return self._parts.vocab
 
+    @property
+    def renderer(self) -> Renderer:
+        """Messages to tokens, with this model's template and vocabulary."""
+        return self._prompter.renderer
+
+    @property
+    def reply_format(self) -> ReplyFormat:
+        """How the model marks thinking and tool calls, as far as its template tells."""
+        return self._reply_format
+
+    def grammar(self, gbnf: str) -> Grammar:
+        """`gbnf` compiled for this vocabulary, for one reply. OptionError says where it is wrong."""
+        with self._entry.reading():
+            grammar: Grammar = self._parts.vocab.grammar(gbnf)
+        return grammar
+
     # -- hooks and the system prompt
 
     def set_hook(self, name: str, fn: Callable[..., Any]) -> None:
         """Set `before_encode`, `on_evict`, `sink_fn` or `on_progress`; OptionError for another name."""
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             self._hooks.set(name, fn)
         if name in _LATER:
             logger.info("the hook %s is accepted; it is called from a later version on", name)
 
     def clear_hook(self, name: str) -> None:
         """Remove a hook; OptionError for an unknown name."""
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             self._hooks.clear(name)
 
     def set_system(self, text: str, *, keep_cache: bool = False) -> int:
@@ -146,7 +185,7 @@ class ContextManager:
         """
         checked_text("the system text", text)
         checked_bool("keep_cache", keep_cache)
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             if not text:
                 self.prefix.clear()
                 return 0
@@ -158,54 +197,23 @@ class ContextManager:
 
     # -- prepare: begin, then steps
 
-    def begin(self, session: Session, *, holder: object | None = None) -> Pending:
+    def begin(self, session: Session, *, holder: object | None = None, continue_last: bool = False) -> Pending:
         """`prepare` without the decoding: render, plan, cut and share. `step` decodes the rest, chunk by chunk.
 
-        Nothing is touched before the plan is whole. Raises ContextOverflow (the session is too long), NoFreeSlot,
+        `continue_last`: the prompt ends within the last message, which is the assistant's, instead of with a reply
+        header. Nothing is touched before the plan is whole. Raises ContextOverflow (the session is too long), NoFreeSlot,
         CapacityError (cells), TemplateError, OptionError; the row is then as before.
         """
-        started = time.perf_counter()
-        conversation = self._asked(session, holder)
-        with self._entry.changing():
-            store = self._store
-            seat = self._seats.get(session, holder)
-            rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered)
-            tokens = rendered.tokens
-            seat = self._true_seat(session, holder)
-            wants_logits = not conversation.is_empty
-            plan = self._planner.plan(seat, session.namespace, tokens, wants_logits=wants_logits)
-            if seat is None:
-                seat = self._seats.take(session)
-            seat.n_begun += 1
-            seat.n_prompt, seat.rendered = len(tokens), rendered
-            stretches = store.apply(seat.row, plan)
-            session.forget_appended()
-            session.n_past = n_reused = seat.row.n
-            self._overview.n_tokens_reused += n_reused
-            pending = Pending(session, tokens, seat, seat.n_begun, n_reused, wants_logits, stretches, started)
-            if pending.done:
-                session.last_prepare = pending.report()
-            self._overview.prepare_seconds += time.perf_counter() - started
-            return pending
+        conversation = self._asked(session, holder, continue_last=continue_last)
+        with self._entry.gate(), self._entry.change:
+            return self._preparer.begin(session, conversation, holder)
 
-    def _asked(self, session: Session, holder: object | None) -> Conversation:
+    def _asked(self, session: Session, holder: object | None, *, continue_last: bool = False) -> Conversation:
         """The conversation, after `before_encode`: the hook may use the manager, so it runs before the lock and the
         plan."""
         self._entry.check_may_change()
         self._seats.get(session, holder)
-        return self._prompter.conversation(session)
-
-    def _true_seat(self, session: Session, holder: object | None) -> Seat | None:
-        """The session's seat with a row that is true and of its namespace; the prefix is made true with it."""
-        if self.prefix.row is not None:
-            self._store.reconcile(self.prefix.row)
-        seat = self._seats.get(session, holder)
-        if seat is not None:
-            self._store.reconcile(seat.row)
-            if seat.row.namespace != session.namespace:
-                self._store.cut(seat.row, 0)
-                seat.row.namespace = session.namespace
-        return seat
+        return self._prompter.conversation(session, continue_last=continue_last)
 
     def prepare(self, session: Session) -> int:
         """Bring the row to exactly system prompt + history + reply header, with fresh logits; returns `n_past`.
@@ -242,19 +250,7 @@ class ContextManager:
         self._seats.get(session, reading=True)
         conversation = self._prompter.conversation(session)
         with self._entry.reading():
-            seat = self._seats.get(session, reading=True)
-            tokens = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered).tokens
-            usable = seat is not None and seat.row.suspect is None and seat.row.namespace == session.namespace
-            wants_logits = not conversation.is_empty
-            most, n = self._store.caps.n_ctx_seq, len(tokens)
-            try:
-                plan = self._planner.plan(
-                    seat if usable else None, session.namespace, tokens, wants_logits=wants_logits
-                )
-                n_to_decode, fits = plan.n_decode, seat is not None or self.slots.n_free > 0
-            except CapacityError as e:
-                n_to_decode, fits = min(n, e.needed), False
-            return Preview(n_tokens=n, n_to_decode=n_to_decode, fits=fits, n_free=max(0, most - n))
+            return self._preparer.preview(session, conversation)
 
     # -- step
 
@@ -264,7 +260,7 @@ class ContextManager:
         What cannot go in (no room in the row, no cells) gets its error in the report and is left out; the others are
         decoded. Raises OptionError for work that is none: an empty step, a session twice, more than `n_batch` tokens.
         """
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             return self._stepper.step(work, holder)
 
     def step_one(self, item: Work, *, holder: object | None = None) -> StepResult:
@@ -297,16 +293,16 @@ class ContextManager:
             out.flags.writeable = False
             return out
 
-    def sample(self, session: Session, sampler: Sampler, *, holder: object | None = None) -> Sampled | None:
-        """Let `sampler` choose from the session's logits, without a copy; None: it found no token."""
-        with self._entry.changing():
+    def read_logits(
+        self, session: Session, read: Callable[[FloatArray], T], *, holder: object | None = None
+    ) -> T:
+        """What `read` makes of the session's (n_vocab,) float32 logits, which are not copied and not to be kept."""
+        with self._entry.gate(), self._entry.use:
             seat = self._seats.get(session, holder)
             if seat is None:
                 raise StateError("the session has no row; call prepare first")
             self._store.reconcile(seat.row)
-            token = sampler.sample(self._store.logits(seat.row))
-            vocab = self._parts.vocab
-            return None if token is None else Sampled(token, vocab.piece(token), vocab.is_eog(token))
+            return read(self._store.logits(seat.row))
 
     def tokens(self, session: Session) -> TokenArray:
         """(n_past,) int32, read-only copy of the row's token ids, appended ones included."""
@@ -323,7 +319,7 @@ class ContextManager:
 
         The branch has the parent's logits. Raises NoFreeSlot. A session without a row gives a branch without one.
         """
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             seat = self._seats.get(session, reading=True)
             twin = session.copy()
             if seat is None:
@@ -340,7 +336,7 @@ class ContextManager:
 
     def release(self, session: Session) -> bool:
         """Drop the row and give the slot back; False if the session has none. Its messages stay its own."""
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             seat = self._seats.get(session)
             if seat is None:
                 return False
@@ -352,19 +348,23 @@ class ContextManager:
     def make_room(self, session: Session, n_needed: int) -> int:
         """Tokens taken out of the row to make room: none yet, so 0. OptionError for a negative `n_needed`."""
         checked_int("n_needed", n_needed, 0)
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             self._seats.get(session)
             return 0
 
     def clear_radix(self) -> None:
         """Forget saved KV. Nothing is saved yet."""
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             pass
 
     def hold(self, session: Session, holder: object) -> None:
         """Only `holder` may change the session's row until `let_go`. For engines and pools."""
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             self._seats.hold(session, holder)
+
+    def is_held(self, session: Session) -> bool:
+        """Whether somebody is generating in the session."""
+        return self._seats.is_held(session)
 
     def let_go(self, session: Session, holder: object) -> None:
         """End a `hold`. Never waits, never raises: it may be called from a finaliser."""
@@ -384,7 +384,7 @@ class ContextManager:
 
     def check_integrity(self) -> None:
         """Prove that rows, slots, cells and llama.cpp's own positions agree; StateError says what does not."""
-        with self._entry.changing():
+        with self._entry.gate(), self._entry.change:
             self._seats.reclaim()
             for row in list(self._store.rows.values()):
                 self._store.reconcile(row)

@@ -76,7 +76,8 @@ def check_known(what: str, options: Mapping[str, Any], known: Sequence[str]) -> 
             raise OptionError(f"unknown {what} {name!r}; known: {', '.join(known)}")
 
 
-def _build(cls: Callable[..., T], what: str, options: Mapping[str, Any]) -> T:
+def build_options(cls: Callable[..., T], what: str, options: Mapping[str, Any]) -> T:
+    """`cls(**options)`; OptionError for a name that it does not have."""
     check_known(what, options, [f.name for f in fields(cls)])  # type: ignore[arg-type]
     return cls(**options)
 
@@ -127,7 +128,7 @@ class ManagerOptions:
 
     @classmethod
     def build(cls, options: Mapping[str, Any]) -> ManagerOptions:
-        return _build(cls, "option", options)
+        return build_options(cls, "option", options)
 
     def headroom_for(self, n_ctx_seq: int) -> int:
         """Tokens kept free for the reply."""
@@ -193,63 +194,3 @@ class LoadOptions:
         return cls(**{k: v for k, v in options.items() if k in mine}), {
             k: v for k, v in options.items() if k not in mine
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingOptions:
-    """Options of one generation, in llama-cpp-python's words and defaults.
-
-    Penalties look at the last 64 tokens of prompt and reply. `temperature` 0 is greedy. `seed` None: a random one.
-    `logit_bias` maps token ids to what is added to their logit (-inf bans a token). `stop`: texts that end the reply
-    and are not shown.
-    """
-
-    max_tokens: int = 2048
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        checked_int("max_tokens", self.max_tokens, 1)
-        checked_float("temperature", self.temperature, 0.0)
-        checked_int("top_k", self.top_k, 0, 2**31 - 1)
-        checked_float("top_p", self.top_p, 0.0, 1.0)
-        checked_float("min_p", self.min_p, 0.0, 1.0)
-        # 0 would divide by zero inside the sampler.
-        checked_float("repeat_penalty", self.repeat_penalty, 0.01, 100.0)
-        checked_float("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
-        checked_float("presence_penalty", self.presence_penalty, -100.0, 100.0)
-        if self.seed is not None:
-            checked_int("seed", self.seed, 0, 2**32 - 2)
-        if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):
-                raise OptionError(f"logit_bias must map token ids to numbers, not {self.logit_bias!r}")
-            for token, bias in self.logit_bias.items():
-                checked_int("a token id in logit_bias", token, 0)
-                if bias != -math.inf:
-                    checked_float(f"logit_bias[{token}]", bias, -1e30, 1e30)  # it is a 32-bit float in C
-        _ = self.stops
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings, none of them empty."""
-        if self.stop is None:
-            return ()
-        if not isinstance(self.stop, Sequence):  # an iterator would be empty the second time
-            raise OptionError(f"stop must be a text or a list of texts, not {self.stop!r}")
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        for stop in stops:
-            if not checked_text("a stop string", stop):
-                raise OptionError("a stop string must not be empty: every text contains it")
-        return stops
-
-    @classmethod
-    def build(cls, options: Mapping[str, Any]) -> SamplingOptions:
-        return _build(cls, "generation option", options)

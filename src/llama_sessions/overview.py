@@ -8,6 +8,7 @@ from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .kv.store import RowStore
 from .options import ManagerOptions
+from .preparing import Preparer
 from .report import Stats
 from .seats import Seats
 
@@ -20,35 +21,56 @@ class Overview:
     slots: Slots
     prefix: Prefix
     seats: Seats
+    preparer: Preparer
     options: ManagerOptions
-    published: Stats = field(init=False)
-    n_tokens_reused: int = 0
-    prepare_seconds: float = 0.0
+    _counts: tuple[int | float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.publish()
 
     def publish(self) -> None:
-        """Take stock now; under the manager's lock."""
-        store, options = self.store, self.options
-        self.published = Stats(
+        """Take stock now; under the manager's lock. Called after every change: numbers only, made readable when asked."""
+        store = self.store
+        self._counts = (
+            self.slots.n_free,
+            self.prefix.n_tokens,
+            len(self.seats),
+            store.n_used_cells(),
+            store.n_unique_cells(),
+            store.n_operations,
+            store.n_decodes,
+            store.n_tokens_decoded,
+            self.preparer.n_tokens_reused,
+            store.decode_seconds,
+            store.operation_seconds,
+            self.preparer.seconds,
+        )
+
+    @property
+    def published(self) -> Stats:
+        """The last stock taken; never waits."""
+        n_free, n_prefix, n_sessions, n_used, n_unique, n_operations, n_decodes, n_decoded, n_reused, *seconds = (
+            self._counts
+        )
+        options = self.options
+        return Stats(
             slots_total=self.slots.capacity,
-            slots_free=self.slots.n_free,
-            prefix_tokens=self.prefix.n_tokens,
-            prefix_cached=self.prefix.n_tokens > 0,
+            slots_free=int(n_free),
+            prefix_tokens=int(n_prefix),
+            prefix_cached=n_prefix > 0,
             n_sink=options.n_sink,
             eviction=options.eviction if isinstance(options.eviction, str) else "custom",
-            n_sessions=len(self.seats),
-            n_cells_total=store.caps.n_cells,
-            n_cells_used=sum(row.n for row in store.rows.values()),
-            n_cells_unique=store.n_unique_cells(),
-            n_native_operations=store.n_operations,
-            n_decodes=store.n_decodes,
-            n_tokens_decoded=store.n_tokens_decoded,
-            n_tokens_reused=self.n_tokens_reused,
-            decode_seconds=store.decode_seconds,
-            operation_seconds=store.operation_seconds,
-            prepare_seconds=self.prepare_seconds,
+            n_sessions=int(n_sessions),
+            n_cells_total=self.store.caps.n_cells,
+            n_cells_used=int(n_used),
+            n_cells_unique=int(n_unique),
+            n_native_operations=int(n_operations),
+            n_decodes=int(n_decodes),
+            n_tokens_decoded=int(n_decoded),
+            n_tokens_reused=int(n_reused),
+            decode_seconds=seconds[0],
+            operation_seconds=seconds[1],
+            prepare_seconds=seconds[2],
         )
 
     def describe(self) -> str:

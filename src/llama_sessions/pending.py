@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from .kv.row import Row
+from .render import Rendered
 from .report import PrepareReport, Stretch
 from .seats import Seat
 from .session import Session
@@ -16,11 +17,11 @@ from .types import TokenArray
 class Pending:
     """A `prepare` under way: planned and applied, not decoded yet. Void once the session is begun again.
 
-    `tokens`: (n,) int32, the whole prompt; `n_reused` of them were there already.
+    `rendered`: the whole prompt; `n_reused` of its tokens were there already.
     """
 
     session: Session
-    tokens: TokenArray
+    rendered: Rendered
     seat: Seat
     number: int
     n_reused: int
@@ -28,6 +29,11 @@ class Pending:
     stretches: list[Stretch]
     started: float = field(default_factory=time.perf_counter)
     decode_seconds: float = 0.0
+
+    @property
+    def tokens(self) -> TokenArray:
+        """(n,) int32, the whole prompt."""
+        return self.rendered.tokens
 
     @property
     def row(self) -> Row:
@@ -82,12 +88,3 @@ class NextToken:
 
 
 Work = PromptChunk | NextToken
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A token that was chosen, its bytes, and whether it ends the reply."""
-
-    token: int
-    piece: bytes
-    ends: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,12 +24,25 @@ def message_list(session: Session) -> list[Message]:
     return messages
 
 
+def check_partial(messages: Sequence[Message]) -> Message:
+    """The last message, if it is the assistant's and has text to continue; OptionError otherwise."""
+    last = messages[-1] if messages else None
+    if not isinstance(last, dict) or last.get("role") != "assistant" or last.get("tool_calls"):
+        raise OptionError("continue_last goes on with the assistant's last message, and the last message is none")
+    return check_message(last, "the last message")
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What the template is to see (system text first), and what is known beside each message."""
+    """What the template is to see (system text first), and what is known beside each message.
+
+    `is_raw`: there is no template. `continue_last`: the prompt ends within the last message.
+    """
 
     messages: Sequence[Message]
     replies: Sequence[SpokenReply | None]
+    is_raw: bool = False
+    continue_last: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -38,39 +51,46 @@ class Conversation:
 
 
 class Prompter:
-    """Reads sessions; changes nothing."""
+    """Reads sessions; changes nothing. `raw` renders sessions without a template; `model`: whose reply ids count."""
 
-    def __init__(self, renderer: Renderer, prefix: Prefix, hooks: Hooks) -> None:
+    def __init__(self, renderer: Renderer, raw: Renderer, prefix: Prefix, hooks: Hooks, model: str) -> None:
         self.renderer = renderer
+        self._raw = raw
         self._prefix = prefix
         self._hooks = hooks
+        self._model = model
 
-    def conversation(self, session: Session) -> Conversation:
+    def conversation(self, session: Session, *, continue_last: bool = False) -> Conversation:
         """Calls the `before_encode` hook, so not under the lock. The session's own system text wins, then a system
-        message at the head of its messages, then the manager's."""
+        message at the head of its messages, then the manager's; a raw session has none."""
         messages = list(message_list(session))
         brings_own = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
         system = session.system if session.system is not None else None if brings_own else self._prefix.text
-        if system:
+        if system and not session.is_raw:
             messages.insert(0, {"role": "system", "content": checked_text("the session's system text", system)})
         seen = self._hooks.before_encode(messages, session)
-        return Conversation(seen, session.replies(seen))
+        if continue_last:
+            check_partial(seen)
+        replies = [r if r is None or r.model == self._model else replace(r, ids=()) for r in session.replies(seen)]
+        return Conversation(seen, replies, session.is_raw, continue_last)
 
     def rendered(self, session: Session, conversation: Conversation, last: Rendered | None) -> Rendered:
         """The whole prompt with the reply header; of an empty conversation the stem that all begin with.
 
         `last`: the session's last one, of which is taken what stays.
         """
-        if conversation.is_empty:
+        if conversation.is_empty and not conversation.is_raw:
             for i, message in enumerate(conversation.messages):
                 check_message(message, f"message {i}")
             text = "".join(m.get("content") or "" for m in conversation.messages)
             return Rendered(self._stem(session, text) if text else np.empty(0, np.int32))
-        return self.renderer.render(
+        renderer = self._raw if conversation.is_raw else self.renderer
+        return renderer.render(
             conversation.messages,
             conversation.replies,
             tools=session.tools,
             variables=session.template_kwargs,
+            continue_last=conversation.continue_last,
             last=last,
         )
 

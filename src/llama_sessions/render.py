@@ -41,6 +41,15 @@ class Rendered:
         """The plain text of the prompt. O(n)."""
         return "".join(text for stretch in self.stretches for text in (stretch.text, stretch.control_text))
 
+    def tail(self, n: int) -> str:
+        """The last `n` characters of the text, or a few more."""
+        found = ""
+        for stretch in reversed(self.stretches):
+            if len(found) >= n:
+                break
+            found = stretch.text + stretch.control_text + found
+        return found
+
     @property
     def n_kept_replies(self) -> int:
         """Replies that have the ids they were sampled as."""
@@ -51,9 +60,17 @@ class Renderer:
     """Renders with one template and one vocabulary."""
 
     def __init__(
-        self, formatter: Formatter, vocab: Vocab, *, no_think: bool = False, system_fallback: str | None = None
+        self,
+        formatter: Formatter,
+        vocab: Vocab,
+        *,
+        no_think: bool = False,
+        system_fallback: str | None = None,
+        trusts_all: bool = False,
     ) -> None:
+        """`trusts_all`: control-token text in whatever the user says is control."""
         self._vocab = vocab
+        self._trusts_all = trusts_all
         self._marker = Marker(vocab.control)
         self._writer = TemplateWriter(formatter, self._marker, no_think=no_think, system_fallback=system_fallback)
         self._tokenizer = StretchTokenizer(vocab)
@@ -68,11 +85,12 @@ class Renderer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         reply_header: bool = True,
+        continue_last: bool = False,
         last: Rendered | None = None,
     ) -> Rendered:
         """The prompt for `messages`. `replies`: what is known beside each message (`Session.replies`).
 
-        `last`: an earlier prompt of this renderer; the stretches that both begin with are taken from it, so that a
+        `continue_last`: it ends within the last message instead of with a reply header. `last`: an earlier prompt of this renderer; the stretches that both begin with are taken from it, so that a
         turn costs what is new in it (and the template). Raises OptionError for a message that is none, TemplateError
         where the template fails.
         """
@@ -84,13 +102,19 @@ class Renderer:
             for i, reply in enumerate(replies)
             if reply is not None and (reply.trusted or self._tokenizer.says_control(reply, self._marker))
         }
-        marked = self._writer.write(messages, trusted, tools, variables, reply_header)
+        if self._trusts_all:
+            trusted |= {i for i, message in enumerate(messages) if message["role"] != "assistant"}
+        if continue_last and not messages[-1]["content"].strip():
+            messages, continue_last = messages[:-1], False  # nothing of it was said yet: the reply header asks for it
+        marked = self._writer.write(messages, trusted, tools, variables, reply_header and not continue_last)
         n_same = 0 if last is None else self._n_same(last, marked, replies)
         head = [] if last is None else list(last.stretches[:n_same])
-        behind = head[-1] if head else None
-        tail = split(marked, self._marker, self._vocab, trusted, behind)
-        before = NO_TOKENS if last is None or behind is None else last.tokens[: behind.n_tokens_until]
-        return Rendered(self._assemble(before, tail, replies), marked, head + tail, replies)
+        stretches = head + split(marked, self._marker, self._vocab, trusted, head[-1] if head else None)
+        if continue_last:
+            stretches = _open_ended(stretches, len(messages) - 1, messages[-1]["content"])
+            n_same = min(n_same, len(stretches) - 1)
+        before = NO_TOKENS if last is None or not n_same else last.tokens[: stretches[n_same - 1].n_tokens_until]
+        return Rendered(self._assemble(before, stretches[n_same:], replies), marked, stretches, replies)
 
     def _n_same(self, last: Rendered, marked: str, replies: Sequence[SpokenReply | None]) -> int:
         """Stretches of `last` that `marked` begins with too, tokens and all, up to one where it can be cut."""
@@ -199,3 +223,16 @@ class Renderer:
         ]
         if ends:
             self._tails[role] = rendered.tokens[ends[-1] :].tolist()
+
+
+def _open_ended(stretches: list[TextStretch], index: int, content: str) -> list[TextStretch]:
+    """The prompt up to the end of the content of message `index`, without what the template writes behind it."""
+    for i in range(len(stretches) - 1, -1, -1):
+        stretch = stretches[i]
+        region = next((region for region in reversed(stretch.regions) if region.index == index), None)
+        if region is not None:
+            # White space at the end of a content stands outside its region, or was cut off by the template.
+            text = stretch.text[: region.b] + ("" if region.end is None else content[region.end :])
+            regions = stretch.regions[: stretch.regions.index(region) + 1]
+            return [*stretches[:i], TextStretch(text, regions, None)]
+    raise TemplateError("the chat template does not write the last message, so there is nothing to continue")

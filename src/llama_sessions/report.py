@@ -114,35 +114,3 @@ class Stats:
     decode_seconds: float = 0.0
     operation_seconds: float = 0.0
     prepare_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A finished reply.
-
-    `tokens`: sampled ids without end-of-generation. `stop_reason`: "stop" (the model ended it), "length",
-    "stop_string", "cancelled". `n_prompt` = `n_reused` + `n_decoded`, unless it was cancelled before its first token.
-    Times are wall-clock seconds from the call.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    stop_reason: str
-    n_prompt: int
-    n_reused: int
-    n_decoded: int
-    n_generated: int
-    first_token_s: float
-    total_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One sampled token and the text it made visible (maybe none). The last one carries the `reply`.
-
-    `token` None: no token belongs to it (a reply that was cancelled).
-    """
-
-    text: str
-    token: int | None
-    reply: Reply | None = None

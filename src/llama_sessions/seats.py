@@ -64,13 +64,15 @@ class Seats:
         """
         if not isinstance(session, Session):
             raise OptionError(f"a Session is wanted, not {session!r}")
-        ref = _owners.get(session)
-        owner = None if ref is None else ref()
-        if owner is not None and owner is not self and session in owner._seats:
-            raise StateError("the session belongs to another manager; release it there, or fork its messages")
+        seat = self._seats.get(session)
+        if seat is None:
+            ref = _owners.get(session)
+            owner = None if ref is None else ref()
+            if owner is not None and owner is not self and session in owner._seats:
+                raise StateError("the session belongs to another manager; release it there, or fork its messages")
         if not reading and self._holder(session) not in (None, holder):
             raise StateError("the session is generating; finish or close its stream first")
-        return self._seats.get(session)
+        return seat
 
     def hold(self, session: Session, holder: object) -> None:
         """Only `holder` may change the session's row until `let_go`; needs no seat."""

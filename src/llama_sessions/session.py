@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import OptionError
-from .options import checked_bool, checked_text
+from .options import checked_bool, checked_int, checked_text
 from .report import PrepareReport
 from .types import ROLES, Message
+
+_VERSION = 1  # of what `to_dict` writes
 
 
 def check_message(message: object, where: str) -> Message:
@@ -45,12 +47,14 @@ def checked_variables(variables: object) -> Mapping[str, Any]:
 class SpokenReply:
     """What is known about an assistant message beside its dict: the ids that spelled it, or that it is trusted.
 
-    `ids` empty: no ids are known. `trusted`: special-token text in it is control, not text.
+    `ids` empty: no ids are known. `model`: the fingerprint of the model whose ids they are. `trusted`: special-token
+    text in it is control, not text.
     """
 
     message: Message
     text: str
     ids: tuple[int, ...] = ()
+    model: str = ""
     trusted: bool = False
 
 
@@ -79,8 +83,26 @@ class Session:
         self.messages: list[Message] = []
         self.n_past = 0
         self.last_prepare: PrepareReport | None = None
+        self._raw = False
         self._replies: list[SpokenReply] = []
         self._appended: list[int] = []
+        self._appended_by = ""
+
+    @classmethod
+    def raw(cls, text: str, namespace: str | None = None) -> Session:
+        """A session without a template: the prompt is `text` and whatever is added to it, in order, as it stands.
+
+        Control-token text in what you add is control; a BOS is put before it where the vocabulary wants one.
+        """
+        self = cls("", namespace)
+        self._raw = True
+        self.add_user(text)
+        return self
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the messages are put together as they stand, without a template."""
+        return self._raw
 
     def __repr__(self) -> str:
         return f"<Session {len(self.messages)} messages, n_past={self.n_past}>"
@@ -101,32 +123,54 @@ class Session:
         special-token text in it (`<|im_end|>`) becomes control tokens; otherwise it is tokenised as text.
         """
         checked_bool("trusted", trusted)
-        return self.add_reply(text, self._appended, trusted=trusted)
+        return self.add_reply(text, self._appended, model=self._appended_by, trusted=trusted)
 
     def add_tool_result(self, content: str, tool_call_id: str | None = None, name: str | None = None) -> Message:
-        """Append what a tool answered."""
-        fields = {"tool_call_id": tool_call_id, "name": name}
+        """Append what a tool answered; OptionError for a `tool_call_id` that no message of the assistant has."""
+        calls = [call for m in self.messages if isinstance(m, dict) for call in m.get("tool_calls") or ()]
+        known = {call.get("id"): call.get("function", {}).get("name") for call in calls}
+        if tool_call_id is not None and tool_call_id not in known:
+            made = ", ".join(repr(i) for i in known) or "none"
+            raise OptionError(f"no tool call has the id {tool_call_id!r}; calls made: {made}")
+        fields = {"tool_call_id": tool_call_id, "name": name or known.get(tool_call_id)}
         return self.add("tool", content, **{k: v for k, v in fields.items() if v is not None})
 
     def add_reply(
-        self, text: str, ids: Sequence[int], *, trusted: bool = False, behind: Message | None = None
+        self,
+        text: str,
+        ids: Sequence[int],
+        *,
+        model: str = "",
+        trusted: bool = False,
+        behind: Message | None = None,
+        **fields: Any,
     ) -> Message:
-        """Add an assistant message that was generated as `ids` (checked against `text` when it is rendered).
+        """Add an assistant message that the model with that fingerprint generated as `ids` (checked against `text`
+        when it is rendered).
 
         It goes `behind` the message it answers, if that is still there; else to the end.
         """
-        message = check_message({"role": "assistant", "content": text}, "the message")
+        message = check_message({"role": "assistant", "content": text, **fields}, "the message")
         at = next((i + 1 for i, m in enumerate(self.messages) if m is behind), len(self.messages))
         self.messages.insert(at, message)
-        if ids or trusted:
+        self._know(SpokenReply(message, text, tuple(ids), model, trusted))
+        return message
+
+    def extend_reply(self, message: Message, text: str, ids: Sequence[int], *, model: str) -> None:
+        """Let an assistant message go on: its content becomes `text`, which that model spells `ids`."""
+        trusted = any(r.trusted for r in self._replies if r.message is message)
+        message["content"] = checked_text("the content", text)
+        self._replies = [r for r in self._replies if r.message is not message]
+        self._know(SpokenReply(message, text, tuple(ids), model, trusted))
+
+    def _know(self, reply: SpokenReply) -> None:
+        if reply.ids or reply.trusted:
             live = {id(m) for m in self.messages}
             # Records of messages that are gone still serve a copy with the same text, but only the latest few.
             gone = [r for r in self._replies if id(r.message) not in live][-16:]
             kept = {id(r) for r in gone} | {id(r) for r in self._replies if id(r.message) in live}
-            self._replies = [r for r in self._replies if id(r) in kept]
-            self._replies.append(SpokenReply(message, text, tuple(ids), trusted))
+            self._replies = [*(r for r in self._replies if id(r) in kept), reply]
         self._appended.clear()
-        return message
 
     def replies(self, messages: Sequence[Message] | None = None) -> list[SpokenReply | None]:
         """For each message (None: the session's) what is known beside its dict: by the dict itself, else by its text
@@ -147,9 +191,10 @@ class Session:
             found.append(reply)
         return found
 
-    def note_appended(self, token: int) -> None:
-        """Called by the manager: `token` was decoded after the last prompt token."""
+    def note_appended(self, token: int, model: str) -> None:
+        """Called by the manager: `token` was decoded after the last prompt token, by that model."""
         self._appended.append(token)
+        self._appended_by = model
 
     def forget_appended(self) -> None:
         """Called by the manager: the row was prepared anew, without what had been appended to it."""
@@ -159,10 +204,65 @@ class Session:
         """The same conversation in a session of its own: messages are copied deeply, reply ids come along."""
         tools, variables = copy.deepcopy((self.tools, self.template_kwargs))
         twin = Session(self.system, self.namespace, tools, variables)
+        twin._raw = self._raw
         twins: dict[int, Any] = {}
         twin.messages = copy.deepcopy(self.messages, twins)
-        twin._replies = [
-            SpokenReply(twins.get(id(r.message), r.message), r.text, r.ids, r.trusted) for r in self._replies
-        ]
-        twin._appended = list(self._appended)
+        twin._replies = [replace(r, message=twins.get(id(r.message), r.message)) for r in self._replies]
+        twin._appended, twin._appended_by = list(self._appended), self._appended_by
         return twin
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was said, as JSON-able data: after a restart `from_dict` and the next `prepare` bring it all back.
+
+        Reply ids go with the fingerprint of their model; where another one reads them the text counts alone.
+        """
+        at = {id(m): i for i, m in enumerate(self.messages)}
+        return {
+            "version": _VERSION,
+            "raw": self._raw,
+            "system": self.system,
+            "namespace": self.namespace,
+            "tools": copy.deepcopy(self.tools),
+            "template_kwargs": copy.deepcopy(self.template_kwargs),
+            "messages": copy.deepcopy(self.messages),
+            "replies": [
+                {"message": at[id(r.message)], "ids": list(r.ids), "model": r.model, "trusted": r.trusted}
+                for r in self._replies
+                if id(r.message) in at and r.message.get("content") == r.text
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Session:
+        """The session that `to_dict` wrote down; OptionError for what it did not write."""
+        if not isinstance(data, Mapping) or not {"version", "messages"} <= data.keys():
+            raise OptionError("from_dict takes what Session.to_dict gave: a dict with 'version' and 'messages'")
+        version = checked_int("the version of a saved session", data["version"], 1)
+        if version > _VERSION:
+            raise OptionError(f"the session was saved in version {version}; this one reads up to {_VERSION}: upgrade")
+        data = copy.deepcopy(dict(data))
+        self = cls(data.get("system"), data.get("namespace"), data.get("tools"), data.get("template_kwargs"))
+        self._raw = checked_bool("raw", data.get("raw", False))
+        if not isinstance(data["messages"], list):
+            raise OptionError(f"'messages' must be a list, not {type(data['messages']).__name__}")
+        self.messages = [check_message(m, f"message {i}") for i, m in enumerate(data["messages"])]
+        for i, reply in enumerate(data.get("replies", ())):
+            self._replies.append(_checked_reply(reply, self.messages, f"reply {i}"))
+        return self
+
+
+def _checked_reply(data: object, messages: Sequence[Message], where: str) -> SpokenReply:
+    """A reply of a saved session, else OptionError naming `where`."""
+    if not isinstance(data, Mapping):
+        raise OptionError(f"{where} must be a dict, not {data!r}")
+    at = checked_int(f"'message' of {where}", data.get("message"), 0, len(messages) - 1)
+    ids = data.get("ids", ())
+    if not isinstance(ids, list | tuple):
+        raise OptionError(f"'ids' of {where} must be a list of token ids, not {ids!r}")
+    return SpokenReply(
+        messages[at],
+        messages[at].get("content") or "",
+        tuple(checked_int(f"an id of {where}", token, 0, 2**31 - 1) for token in ids),
+        checked_text(f"'model' of {where}", data.get("model", "")),
+        checked_bool(f"'trusted' of {where}", data.get("trusted", False)),
+    )

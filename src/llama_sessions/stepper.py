@@ -116,7 +116,7 @@ class Stepper:
             message = "the row keeps what was decoded; prepare again"
             return StepResult(0, False, DecodeError("llama_decode", code, message, self._store.context.last_error))
         if isinstance(item, NextToken):
-            session.note_appended(item.token)
+            session.note_appended(item.token, self._store.caps.fingerprint)
             return StepResult(1, True)
         item.pending.decode_seconds += seconds
         if item.pending.done:

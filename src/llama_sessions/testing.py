@@ -274,6 +274,7 @@ def fake_capabilities(
         shift_refused_because="" if can_shift else "a recurrent state does not move",
         kv_bytes_per_token=64,
         model="fake",
+        fingerprint="fake",
     )
 
 

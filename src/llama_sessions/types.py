@@ -32,7 +32,8 @@ class Capabilities:
 
     `n_ctx`: KV cells in all (one sequence's, times the streams, where not unified); `n_ctx_seq`: tokens one session
     can hold; `n_swa`: window in tokens, 0 without one; `n_cells`: cells that all rows share (None: each row has its
-    own); `kv_bytes_per_token`: bytes of K and V one token takes, 0 where that is not proportional.
+    own); `kv_bytes_per_token`: bytes of K and V one token takes, 0 where that is not proportional; `fingerprint`: tells
+    this model and its vocabulary from others.
     """
 
     kind: MemoryKind
@@ -50,6 +51,7 @@ class Capabilities:
     shift_refused_because: str
     kv_bytes_per_token: int
     model: str
+    fingerprint: str
 
     @property
     def n_cells(self) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,6 +53,7 @@ class TemplateWriter:
         self._system_fallback = system_fallback
         self._safe: Memo[tuple[bool, str], tuple[str, str]] = Memo(_KEPT, lambda key: len(key[1]) + 64)
         self._refuses_system: bool | None = None
+        self._writes_objects: bool | None = None
         self._sees_marks = bool(getattr(formatter, "looks_at_written_text", False)) or self._probe_marks()
 
     def _shown(self, messages: Sequence[Message], trusted: Set[int]) -> list[Shown]:
@@ -63,6 +66,8 @@ class TemplateWriter:
                 fields = {
                     k if k in _PLAIN else defuse_all(k): v if k in _PLAIN else defuse_all(v) for k, v in message.items()
                 }
+            if fields.get("tool_calls"):
+                fields["tool_calls"] = [self._shown_call(call) for call in fields["tool_calls"]]
             content = message.get("content")
             if content is None:
                 shown.append(Shown(fields, i, 0, None, None))
@@ -74,6 +79,32 @@ class TemplateWriter:
                 texts = self._safe.keep(key, (unmarked, unmarked if i in trusted else self._marker.defuse(content)))
             shown.append(Shown(fields, i, 0, *texts))
         return shown
+
+    def _shown_call(self, call: Any) -> Any:
+        """A tool call with its arguments as an object, where the template writes objects as JSON itself."""
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+            return call
+        if self._writes_objects is None:
+            self._writes_objects = self._probe_objects()
+        try:
+            arguments = json.loads(function["arguments"]) if self._writes_objects else None
+        except (ValueError, RecursionError):
+            arguments = None
+        return call if arguments is None else {**call, "function": {**function, "arguments": arguments}}
+
+    def _probe_objects(self) -> bool:
+        """Whether the template writes a tool call's arguments right when they are an object, not JSON text."""
+        function = {"name": "probe", "arguments": {"needle": "hay"}}
+        call = {"id": "probe0123", "type": "function", "function": function}
+        messages: list[Message] = [
+            {"role": "user", "content": "A"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        try:
+            return re.search(r'"needle": ?"hay"', self._formatter.render(messages, **self._variables)) is not None
+        except TemplateError:
+            return False
 
     def _fold_system(self, messages: list[Shown]) -> list[Shown]:
         """Where the template refuses a system message: into the first user message, if the user said so."""

@@ -71,6 +71,10 @@ class RowStore:
             self._n_unique = int((cells[1:] != cells[:-1]).sum()) + 1 if len(cells) else 0
         return self._n_unique
 
+    def n_used_cells(self) -> int:
+        """Cells in use, a shared one counted for each row."""
+        return sum([row.n for row in self.rows.values()])
+
     def n_free_cells(self) -> int | None:
         """Cells that nobody holds; None where rows do not compete for cells."""
         return None if self.caps.n_cells is None else self.caps.n_cells - self.n_unique_cells()

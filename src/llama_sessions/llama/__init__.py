@@ -16,6 +16,8 @@ REQUIRED = (
     "llama_memory_seq_pos_min", "llama_memory_seq_rm", "llama_model_chat_template", "llama_model_default_params",
     "llama_model_desc", "llama_model_free", "llama_model_get_vocab", "llama_model_has_decoder",
     "llama_model_has_encoder", "llama_model_is_diffusion", "llama_model_is_hybrid", "llama_model_is_recurrent",
+    "llama_model_meta_count", "llama_model_meta_key_by_index", "llama_model_meta_val_str_by_index",
+    "llama_model_n_params", "llama_model_size",
     "llama_model_load_from_file", "llama_model_meta_val_str", "llama_model_n_ctx_train", "llama_model_n_embd",
     "llama_model_n_head", "llama_model_n_head_kv", "llama_model_n_layer", "llama_model_n_swa", "llama_n_batch",
     "llama_n_ctx", "llama_n_ctx_seq", "llama_n_seq_max", "llama_n_ubatch",

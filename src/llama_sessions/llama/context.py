@@ -90,6 +90,7 @@ def read_capabilities(
         shift_refused_because=refused,
         kv_bytes_per_token=int(values * mean_bytes),
         model=model.description,
+        fingerprint=model.fingerprint,
     )
 
 
@@ -108,7 +109,8 @@ class LlamaContext:
         pid = os.getpid()
 
         def free(model: Model = model) -> None:  # which keeps the weights until the context is gone
-            if owned and os.getpid() == pid:
+            # Without its weights a context cannot be freed in safety: it is left behind.
+            if owned and os.getpid() == pid and not model.is_gone:
                 with log.capture:
                     llama_cpp.llama_free(handle)
 

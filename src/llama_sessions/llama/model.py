@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import weakref
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from ..errors import ModelError, OptionError
 from . import log
 from .template import CHATML, ChatTemplate
 from .vocab import LlamaVocab
+
+_N_SAMPLED = 512  # tokens whose text goes into a fingerprint
 
 
 def _check_file(path: str | os.PathLike[str]) -> Path:
@@ -36,11 +40,15 @@ def _check_file(path: str | os.PathLike[str]) -> Path:
 
 
 class Model:
-    """Weights of one model. `handle` is a `llama_model_p`; owned ones are freed by `close`, or at exit."""
+    """Weights of one model. `handle` is a `llama_model_p`; owned ones are freed by `close`, or at exit.
 
-    def __init__(self, handle: Any, *, owned: bool, name: str) -> None:
+    `lender`: the `llama_cpp.Llama` whose weights they are; it is kept alive.
+    """
+
+    def __init__(self, handle: Any, *, owned: bool, name: str, lender: Any = None) -> None:
         self.handle = handle
         self.name = name
+        self._lender = lender
         pid = os.getpid()
 
         def free() -> None:
@@ -73,6 +81,26 @@ class Model:
         model = cls(handle, owned=True, name=str(file))
         model._check_it_can_chat()
         return model
+
+    @classmethod
+    def borrow(cls, llm: Any) -> Model:
+        """The weights of a `llama_cpp.Llama`. Raises OptionError for something else, ModelError for one that cannot
+        chat."""
+        if not isinstance(llm, llama_cpp.Llama):
+            raise OptionError(f"from_llama takes a llama_cpp.Llama, not {llm!r}")
+        if not llm.model:
+            raise OptionError("the Llama is closed; load it again")
+        if llm.lora_path is not None:
+            log.logger.warning("the LoRA of the Llama (%s) belongs to its own context; sessions go without", llm.lora_path)
+        log.install()
+        model = cls(llm.model, owned=False, name=str(llm.model_path), lender=llm)
+        model._check_it_can_chat()
+        return model
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the weights were lent, and have been freed by their owner."""
+        return self._lender is not None and not self._lender.model
 
     def _check_it_can_chat(self) -> None:
         why = None
@@ -117,6 +145,23 @@ class Model:
         llama_cpp.llama_model_desc(self.handle, buffer, 256)
         described, name = buffer.value.decode("utf-8", "replace"), self.meta("general.name")
         return f"{name} ({described})" if name else described
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over the metadata, the size of the weights, and a sample of the vocabulary."""
+        digest = hashlib.sha256()
+        handle, vocab = self.handle, self.vocab_handle
+        n_vocab = int(llama_cpp.llama_vocab_n_tokens(vocab))
+        numbers = (llama_cpp.llama_model_n_params(handle), llama_cpp.llama_model_size(handle), n_vocab)
+        digest.update(repr(tuple(map(int, numbers))).encode())
+        buffer = ctypes.create_string_buffer(1024)
+        for i in range(int(llama_cpp.llama_model_meta_count(handle))):
+            for read in (llama_cpp.llama_model_meta_key_by_index, llama_cpp.llama_model_meta_val_str_by_index):
+                read(handle, i, buffer, len(buffer))
+                digest.update(buffer.value + b"\0")
+        for token in range(0, n_vocab, max(1, n_vocab // _N_SAMPLED)):
+            digest.update(bytes(llama_cpp.llama_vocab_get_text(vocab, token)) + b"\0")
+        return digest.hexdigest()[:16]
 
     @property
     def n_ctx_train(self) -> int:

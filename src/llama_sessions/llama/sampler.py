@@ -11,25 +11,30 @@ import llama_cpp
 import numpy as np
 
 from ..errors import OptionError
-from ..options import SamplingOptions
+from ..generation_options import GenerationOptions
 from ..types import FloatArray, TokenArray
+from .grammar import Grammar
 
 _N_PENALTY = 64  # tokens of prompt and reply that the penalties look at
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _COLDEST = 1e-20  # below it logits divided by the temperature overflow: the same as greedy
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
-_BLOCKS_OF = 32  # logits
+_BLOCK = 64  # logits
 
 
 def contenders(logits: FloatArray, k: int) -> TokenArray | None:
     """Ids, ascending, among which the `k` largest logits are; None where that narrows nothing down, or for NaN.
 
-    40 us at 152k, of two passes that only read. `k` must not exceed the number of blocks.
+    One pass over the logits: 15 us at 152k, 60 when they are not in the cache. `k` must not exceed the number of blocks.
     """
-    n_blocks = len(logits) // _BLOCKS_OF
-    best = logits[: n_blocks * _BLOCKS_OF].reshape(_BLOCKS_OF, n_blocks).max(axis=0)
+    n_blocks = len(logits) // _BLOCK
+    blocks = logits[: n_blocks * _BLOCK].reshape(_BLOCK, n_blocks)  # block j: logits j, j + n_blocks, ...
+    best = blocks.max(axis=0)
     reached = np.partition(best, n_blocks - k)[n_blocks - k]  # by the best of k blocks, so by k logits at least
-    ids: TokenArray = np.flatnonzero(logits >= reached).astype(np.int32)
+    chosen = np.flatnonzero(best >= reached)
+    rows, columns = np.nonzero(blocks[:, chosen] >= reached)
+    rest = np.flatnonzero(logits[n_blocks * _BLOCK :] >= reached) + n_blocks * _BLOCK
+    ids: TokenArray = np.concatenate([np.sort(rows * n_blocks + chosen[columns]), rest]).astype(np.int32)
     return ids if k <= len(ids) <= len(logits) // 8 else None
 
 
@@ -40,7 +45,7 @@ class Sampler:
     it, greedy needs none and top-k only its contenders: 10 and 60 us a token instead of 190.
     """
 
-    def __init__(self, options: SamplingOptions, n_vocab: int) -> None:
+    def __init__(self, options: GenerationOptions, n_vocab: int) -> None:
         self._candidates = np.zeros(n_vocab, _CANDIDATE)
         self._in_order = False  # candidate i is token i
         self._array = llama_cpp.llama_token_data_array()
@@ -53,7 +58,7 @@ class Sampler:
         for sampler in self._samplers(options, n_vocab):
             llama_cpp.llama_sampler_chain_add(self._chain, sampler)
 
-    def _samplers(self, o: SamplingOptions, n_vocab: int) -> list[Any]:
+    def _samplers(self, o: GenerationOptions, n_vocab: int) -> list[Any]:
         chain: list[Any] = []
         if o.logit_bias:
             outside = [token for token in o.logit_bias if token >= n_vocab]
@@ -71,7 +76,7 @@ class Sampler:
         if o.temperature < _COLDEST:
             self._greedy, self._takes_best = True, not chain
             return [*chain, llama_cpp.llama_sampler_init_greedy()]
-        if not chain and o.top_k <= n_vocab // _BLOCKS_OF:
+        if not chain and o.top_k <= n_vocab // _BLOCK:
             self._top_k = o.top_k
         return [
             *chain,
@@ -88,35 +93,83 @@ class Sampler:
             for token in prompt[-_N_PENALTY:]:
                 llama_cpp.llama_sampler_accept(self._chain, int(token))
 
-    def sample(self, logits: FloatArray) -> int | None:
-        """Draw a token from (n_vocab,) float32 logits and accept it; None if every token is banned."""
+    def sample(self, logits: FloatArray, grammar: Grammar | None = None) -> int | None:
+        """Draw a token from (n_vocab,) float32 logits and accept it; None if every token is banned.
+
+        A grammar is asked about the token that was drawn without it, which costs next to nothing; only if it says no,
+        the draw is repeated among the tokens that it allows (as llama.cpp's own tools do).
+        """
+        token = self._draw(logits)
+        if grammar is not None:
+            if token is None or not grammar.allows(token):
+                token = self._draw_allowed(logits, grammar)
+            if token is not None:
+                grammar.accept(token)
+        if token is not None:
+            self.accept(token)
+        return token
+
+    def accept(self, token: int) -> None:
+        """Note a token of the reply, drawn here or not."""
+        if self._stateful:
+            llama_cpp.llama_sampler_accept(self._chain, token)
+
+    def _draw(self, logits: FloatArray) -> int | None:
         if self._takes_best:
             best = int(logits.argmax())  # the first of equals, as llama.cpp's own
             if math.isfinite(logits[best]):
                 return best
+        return self._apply(self._fill(logits))
+
+    def _apply(self, n: int) -> int | None:
+        """What the chain makes of the first `n` candidates."""
         array = self._array
-        array.data, array.size, array.selected, array.sorted = self._data, self._fill(logits), -1, False
+        array.data, array.size, array.selected, array.sorted = self._data, n, -1, False
         llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(array))
         if not 0 <= array.selected < array.size:
             return None
         chosen = array.data[array.selected]
-        if not math.isfinite(chosen.logit):
-            return None
-        token = int(chosen.id)
-        if self._stateful:
-            llama_cpp.llama_sampler_accept(self._chain, token)
-        return token
+        return int(chosen.id) if math.isfinite(chosen.logit) else None
+
+    def _draw_allowed(self, logits: FloatArray, grammar: Grammar) -> int | None:
+        """The same among the tokens that the grammar allows.
+
+        The chain looks at its `n_best` best logits only, where it begins with top-k or takes the best: so the first
+        few hundred are tried alone, as asking a grammar about a whole vocabulary of 152k takes milliseconds.
+        """
+        cur, n_vocab = self._candidates, len(self._candidates)
+        n_best = 1 if self._takes_best else self._top_k
+        for width in (16 * n_best, 256 * n_best):
+            if 0 < width < n_vocab // 2:
+                best = np.sort(np.argpartition(logits, n_vocab - width)[n_vocab - width :])
+                n = self._restrict(grammar, self._put(logits, best))
+                if n >= n_best:
+                    return self._apply(n)
+        n = self._restrict(grammar, self._put(logits, np.arange(n_vocab, dtype=np.int32)))
+        return self._apply(n) if n else None
+
+    def _restrict(self, grammar: Grammar, n: int) -> int:
+        """Of the first `n` candidates keep those that the grammar allows; returns how many."""
+        cur = self._candidates
+        grammar.restrict(cur, n)
+        allowed = cur[:n][np.isfinite(cur["logit"][:n])]
+        cur[: len(allowed)] = allowed
+        return len(allowed)
 
     def _fill(self, logits: FloatArray) -> int:
         """Put the candidates in; returns how many."""
-        cur = self._candidates
         ids = contenders(logits, self._top_k) if self._top_k else None
         if ids is not None:
-            cur["id"][: len(ids)], cur["logit"][: len(ids)] = ids, logits[ids]
-            self._in_order = False
-            return len(ids)
+            return self._put(logits, ids)
+        cur = self._candidates
         if not self._in_order:
             cur["id"] = np.arange(len(cur), dtype=np.int32)
         cur["logit"] = logits
         self._in_order = self._greedy  # the others sort in place
         return len(cur)
+
+    def _put(self, logits: FloatArray, ids: TokenArray) -> int:
+        """Make `ids` the candidates; returns how many."""
+        self._candidates["id"][: len(ids)], self._candidates["logit"][: len(ids)] = ids, logits[ids]
+        self._in_order = False
+        return len(ids)

@@ -101,6 +101,7 @@ class LlamaVocab:
         self._recursive = int(llama_cpp.llama_vocab_type(handle)) == _BPE and pre_tokenizer not in _SPLIT_BY_HAND
         self._too_deep = _LONG_LINE if pre_tokenizer in _RUNS_OF_WORDS else _LONG_RUN
         self._pieces: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
         self._strips: dict[int, tuple[bool, bool]] = {}
         self.control: dict[str, int] = {}
         get_attr = llama_cpp.llama_vocab_get_attr
@@ -137,8 +138,13 @@ class LlamaVocab:
         return self._strips.get(token, (False, False))
 
     def is_eog(self, token: int) -> bool:
-        with self._using:
-            return bool(llama_cpp.llama_vocab_is_eog(self._live(), self._known(token)))
+        """Whether a token ends a reply; kept after the first call."""
+        ends = self._ends.get(token)
+        if ends is None:
+            with self._using:
+                ends = bool(llama_cpp.llama_vocab_is_eog(self._live(), self._known(token)))
+            self._ends[token] = ends
+        return ends
 
     def piece(self, token: int) -> bytes:
         """The token's bytes in running text, control tokens included; kept after the first call."""

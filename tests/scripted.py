@@ -1,0 +1,29 @@
+"""Replies that say what a test wants, token by token, whatever the model's logits are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from llama_sessions import ContextManager, Engine, Session, Stream
+
+
+def ids_of(cm: ContextManager, text: str, *, by_byte: bool = False) -> list[int]:
+    """Token ids that spell `text`; `by_byte`: as many tokens as can be."""
+    parts: Iterable[str] = text if by_byte else [text]
+    return [int(token) for part in parts for token in cm.vocab.tokenize(part)]
+
+
+def script(stream: Stream, ids: Iterable[int]) -> Stream:
+    """Let the stream sample exactly `ids`, then the end of generation."""
+    cm = stream._cm
+    left = iter([*ids, int(cm.vocab.eos)])
+    stream._generation._sampler.sample = lambda *_: next(left)  # type: ignore[method-assign]
+    return stream
+
+
+def scripted(
+    engine: Engine, session: Session, text: str | None, reply: str, *, by_byte: bool = False, **options: Any
+) -> Stream:
+    """A stream that samples the tokens of `reply`, then the end of generation."""
+    return script(engine.stream(session, text, **options), ids_of(engine.cm, reply, by_byte=by_byte))

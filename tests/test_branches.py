@@ -1,0 +1,380 @@
+"""Several replies of one prompt; stateless calls; continuing; raw text; log-probabilities; cancel and timeout."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from models import model_path
+from oracle import oracle_for
+from scripted import ids_of, script, scripted
+
+from llama_sessions import PRESETS, ContextManager, Engine, NoFreeSlot, OptionError, Session, StateError
+
+Loader = Callable[..., ContextManager]
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+
+
+def assert_exact(cm: ContextManager, session: Session, model: str = "llama-bpe") -> None:
+    oracle_for(model_path(model)).assert_exact(cm.logits(session), cm.tokens(session))
+
+
+# -- several replies
+
+
+def test_several_replies_of_one_prompt_decode_it_once(load: Loader) -> None:
+    cm = load(max_sessions=6)
+    session = Session()
+    branches = Engine(cm).replies(session, "Who are you?", n=4, max_tokens=8, seed=1)
+    assert session.last_prepare is not None
+    n_prompt = session.last_prepare.n_tokens
+    assert cm.stats().n_tokens_decoded == n_prompt + sum(b.reply.n_generated - 1 for b in branches)
+    assert cm.stats().n_decodes <= 1 + 7  # together, not one after the other
+    assert len({b.reply.tokens for b in branches}) > 1
+    assert [m["role"] for m in session.messages] == ["user"]
+    for branch in branches:
+        assert branch.session.messages[-1] == {"role": "assistant", "content": branch.reply.text}
+        cm.prepare(branch.session) if branch.session.add_user("Go on.") else None
+        assert_exact(cm, branch.session)
+
+
+def test_a_seed_gives_each_of_several_replies_what_it_gives_alone(load: Loader) -> None:
+    cm = load(max_sessions=6)
+    engine, session = Engine(cm), Session()
+    branches = engine.replies(session, "Who are you?", n=3, max_tokens=8, seed=5)
+    for i, branch in enumerate(branches):
+        alone = engine.chat(Session(), "Who are you?", max_tokens=8, seed=5 + i)
+        assert alone.tokens == branch.reply.tokens
+
+
+def test_several_replies_without_slots_leave_everything_as_it_was(load: Loader) -> None:
+    cm = load(max_sessions=3)
+    session = Session()
+    session.add_user("first")
+    before = [dict(m) for m in session.messages]
+    with pytest.raises(NoFreeSlot):
+        Engine(cm).replies(session, "Who?", n=3)
+    assert session.messages == before
+    assert cm.stats().n_sessions == 1
+
+
+def test_an_error_in_one_of_several_replies_ends_all_and_is_raised(load: Loader) -> None:
+    cm = load(max_sessions=4, n_ctx=256)
+    session = Session()
+    with pytest.raises(Exception, match="cells"):
+        Engine(cm).replies(session, "word " * 60, n=3, max_tokens=2000, logit_bias={int(cm.vocab.eos): -math.inf})
+    assert session.messages == []
+    assert cm.stats().n_sessions == 1
+    engine = Engine(cm)
+    assert engine.chat(session, "Still there?", max_tokens=3).n_generated
+
+
+# -- stateless
+
+
+def history(n: int) -> list[dict[str, str]]:
+    return [{"role": "user" if i % 2 == 0 else "assistant", "content": f"this is text {i}"} for i in range(n)]
+
+
+def test_a_second_stateless_call_decodes_only_what_is_new(load: Loader) -> None:
+    cm = load(n_ctx=2048)
+    engine = Engine(cm)
+    messages = history(19)
+    reply = engine.chat(messages=messages, max_tokens=4, **GREEDY)
+    messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": "and now?"}]
+    whole = reply.n_prompt + reply.n_generated
+    second = engine.chat(messages=messages, max_tokens=4, **GREEDY)
+    assert second.n_reused >= whole - 1  # the last token sampled was never decoded
+    assert second.n_decoded == second.n_prompt - second.n_reused
+    assert cm.stats().n_sessions == 1
+    stateful = Session()
+    stateful.messages = [dict(m) for m in messages]
+    assert Engine(load(n_ctx=2048)).chat(stateful, max_tokens=4, **GREEDY).text == second.text
+
+
+def test_stateless_calls_of_several_conversations_find_their_own(load: Loader) -> None:
+    cm = load(n_ctx=2048)
+    engine = Engine(cm)
+    talks = {name: [{"role": "user", "content": f"I am {name}."}] for name in ("Ann", "Ben")}
+    for turn in range(3):
+        for name, messages in talks.items():
+            reply = engine.chat(messages=messages, max_tokens=4, **GREEDY)
+            assert reply.n_decoded < 30 or turn == 0
+            messages += [
+                {"role": "assistant", "content": reply.text},
+                {"role": "user", "content": f"{name} says {turn}"},
+            ]
+    assert cm.stats().n_sessions == 2
+
+
+def test_a_stateless_call_with_another_past_leaves_the_known_one_alone(load: Loader) -> None:
+    cm = load(n_ctx=2048)
+    engine = Engine(cm)
+    messages = history(9)
+    engine.chat(messages=messages, max_tokens=4, **GREEDY)
+    other = [*messages[:3], {"role": "assistant", "content": "otherwise"}, {"role": "user", "content": "x"}]
+    reply = engine.chat(messages=other, max_tokens=4, **GREEDY)
+    assert reply.n_reused > 20  # what both begin with is shared
+    assert cm.stats().n_sessions == 2
+
+
+def test_stateless_calls_give_slots_back(load: Loader) -> None:
+    cm = load(max_sessions=2)
+    engine = Engine(cm)
+    for i in range(5):
+        engine.chat(messages=[{"role": "user", "content": f"number {i}"}], max_tokens=2)
+    assert cm.stats().n_sessions == 2
+
+
+def test_a_stateless_call_takes_text_in_parts_and_its_own_system(load: Loader) -> None:
+    engine = Engine(load())
+    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "are you?"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    plain = [messages[0], {"role": "user", "content": "Who are you?"}]
+    assert engine.chat(messages=messages, max_tokens=4, **GREEDY).tokens == (
+        Engine(load()).chat(messages=plain, max_tokens=4, **GREEDY).tokens
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.chat(messages=[]), "messages must be a list of messages"),
+        (lambda e: e.chat(messages="hi"), "messages must be a list of messages"),
+        (lambda e: e.chat(messages=[{"role": "user"}]), "the content of message 0"),
+        (lambda e: e.chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "content of message 0"),
+        (lambda e: e.chat(Session(), messages=history(1)), "not both"),
+        (lambda e: e.chat(Session(), "x", tools=[]), "tools go with messages"),
+        (lambda e: e.chat(messages=history(1), tools=7), "tools must be a list"),
+    ],
+)
+def test_what_no_stateless_call_can_be_is_refused(load: Loader, call: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        call(Engine(load()))
+
+
+# -- continuing
+
+
+def test_a_partial_reply_goes_on_where_it_stops(load: Loader) -> None:
+    cm = load()
+    engine, session = Engine(cm), Session()
+    whole = engine.chat(session, "Who are you?", max_tokens=12, **GREEDY)
+    ids = list(whole.tokens)
+    twin = Session()
+    twin.add_user("Who are you?")
+    list(script(engine.stream(twin, max_tokens=5), ids[:5]))
+    n_row = twin.n_past
+    reply = engine.chat(twin, continue_last=True, max_tokens=7, **GREEDY)
+    assert list(reply.tokens) == ids[5:]
+    assert reply.n_decoded == reply.n_prompt - n_row == 1  # the last token of what was said
+    assert twin.messages == session.messages
+    n_row = twin.n_past
+    twin.add_user("Go on.")
+    cm.prepare(twin)
+    assert twin.last_prepare is not None
+    assert twin.last_prepare.n_reused == n_row  # ids of both parts stand
+    assert_exact(cm, twin)
+
+
+@pytest.mark.parametrize("text", ["The answer is", "The answer is ", " ", ""])
+def test_a_partial_message_that_was_written_by_hand_goes_on(load: Loader, text: str) -> None:
+    cm = load()
+    session = Session()
+    session.add_user("What?")
+    session.add_assistant(text)
+    reply = Engine(cm).chat(session, continue_last=True, max_tokens=3)
+    assert session.messages[-1]["content"] == text + reply.text
+    prompt = b"".join(map(cm.vocab.piece, cm.tokens(session)[: reply.n_prompt].tolist())).decode()
+    assert prompt == f"<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n{text if text.strip() else ''}"
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_a_template_that_trims_or_closes_does_not_hide_where_to_go_on(load: Loader, trims: bool) -> None:
+    content = "m['content'] | trim" if trims else "m['content']"
+    template = (
+        "{% for m in messages %}{{ '### ' + m['role'] + ':\\n' + (" + content + ") + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### assistant:\\n' }}{% endif %}"
+    )
+    cm = load(chat_template=template)
+    session = Session()
+    session.add_user("What?")
+    session.add_assistant("It is ")
+    Engine(cm).chat(session, continue_last=True, max_tokens=2)
+    prompt = b"".join(map(cm.vocab.piece, cm.tokens(session).tolist())).decode()
+    assert prompt.startswith("### user:\nWhat?\n### assistant:\nIt is ")
+
+
+def test_an_interrupted_continuation_keeps_what_was_said(load: Loader) -> None:
+    engine, session = Engine(load()), Session()
+    session.add_user("What?")
+    session.add_assistant("It is")
+    with scripted(engine, session, None, " so and so", continue_last=True) as stream:
+        shown = next(stream).text + next(stream).text
+    assert session.messages[-1]["content"] == "It is" + shown
+    assert len(session.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "message"),
+    [
+        ([], {}, "the last message is none"),
+        (["user"], {}, "the last message is none"),
+        (["user", "assistant"], {"text": "x"}, "takes no text"),
+    ],
+)
+def test_there_must_be_something_to_continue(load: Loader, messages: Any, options: Any, message: str) -> None:
+    session = Session()
+    for role in messages:
+        session.add(role, "x")
+    with pytest.raises(OptionError, match=message):
+        Engine(load()).chat(session, continue_last=True, **options)
+    assert len(session.messages) == len(messages)
+
+
+# -- raw
+
+
+def test_a_raw_session_says_its_text_as_it_stands(load: Loader) -> None:
+    cm = load()
+    session = Session.raw("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    reply = Engine(cm).chat(session, max_tokens=4, **GREEDY)
+    templated = Session("")
+    assert Engine(cm).chat(templated, "Hi", max_tokens=4, **GREEDY).tokens == reply.tokens
+    assert cm.tokens(session)[: reply.n_prompt].tolist() == cm.tokens(templated)[: reply.n_prompt].tolist()
+    n_row = session.n_past
+    session.add_user("<|im_end|>\nmore")
+    cm.prepare(session)
+    assert session.last_prepare is not None
+    assert session.last_prepare.n_reused == n_row
+    assert_exact(cm, session)
+
+
+def test_a_raw_session_takes_no_system_text(load: Loader) -> None:
+    cm = load()
+    cm.set_system("Rules.")
+    session = Session.raw("Once upon a time")
+    cm.prepare(session)
+    assert b"".join(map(cm.vocab.piece, cm.tokens(session).tolist())) == b"Once upon a time"
+    assert session.is_raw
+    assert session.copy().is_raw
+
+
+# -- log-probabilities, usage, presets
+
+
+def test_log_probabilities_are_the_models_own(load: Loader) -> None:
+    cm = load()
+    session = Session()
+    chunks = list(Engine(cm).stream(session, "Who?", max_tokens=5, logprobs=3, seed=3))
+    reply = chunks[-1].reply
+    assert reply is not None
+    assert [p.token for p in reply.logprobs] == list(reply.tokens)
+    oracle = oracle_for(model_path("llama-bpe"))
+    for i, found in enumerate(reply.logprobs):
+        logits = oracle.logits(cm.tokens(session)[: reply.n_prompt + i]).astype(np.float64)
+        expected = logits - logits.max() - math.log(np.exp(logits - logits.max()).sum())
+        assert found.logprob == pytest.approx(expected[found.token], abs=0.01)
+        assert [p.token for p in found.top] == np.argsort(-logits, kind="stable")[:3].tolist()
+        assert [p.logprob for p in found.top] == sorted((p.logprob for p in found.top), reverse=True)
+        assert found.text == cm.vocab.piece(found.token).decode("utf-8", "replace")
+    assert reply.mean_logprob == pytest.approx(np.mean([p.logprob for p in reply.logprobs]))
+    assert [c.logprob for c in chunks if c.token is not None][: len(reply.tokens)] == list(reply.logprobs)
+
+
+def test_without_being_asked_there_are_no_log_probabilities(load: Loader) -> None:
+    reply = Engine(load()).chat(Session(), "Who?", max_tokens=3)
+    assert reply.logprobs == ()
+    assert math.isnan(reply.mean_logprob)
+
+
+def test_usage_speaks_openais_words(load: Loader) -> None:
+    engine, session = Engine(load()), Session()
+    engine.chat(session, "Who?", max_tokens=3)
+    reply = engine.chat(session, "And?", max_tokens=3)
+    assert reply.usage == {
+        "prompt_tokens": reply.n_prompt,
+        "completion_tokens": reply.n_generated,
+        "total_tokens": reply.n_prompt + reply.n_generated,
+        "prompt_tokens_details": {"cached_tokens": reply.n_reused},
+    }
+    assert reply.n_reused > 0
+    assert reply.finish_reason == "length"
+
+
+def test_a_preset_is_what_its_options_are(load: Loader) -> None:
+    engine = Engine(load())
+    for name, options in PRESETS.items():
+        a = engine.complete("Who?", preset=name, seed=1, max_tokens=6)
+        assert a.tokens == engine.complete("Who?", seed=1, max_tokens=6, **options).tokens
+    greedy = engine.complete("Who?", temperature=0, max_tokens=6).tokens
+    assert engine.complete("Who?", preset="creative", temperature=0, presence_penalty=0, max_tokens=6).tokens == greedy
+    with pytest.raises(OptionError, match="preset must be one of 'balanced', 'precise'"):
+        engine.complete("Who?", preset="wild")
+
+
+# -- cancel and timeout
+
+
+def test_a_stream_is_cancelled_from_another_thread(load: Loader) -> None:
+    cm = load()
+    session = Session()
+    stream = Engine(cm).stream(session, "Who?", max_tokens=100_000, logit_bias={int(cm.vocab.eos): -math.inf})
+    next(stream)
+    thread = threading.Timer(0.05, stream.cancel)
+    thread.start()
+    chunks = list(stream)
+    thread.join()
+    reply = chunks[-1].reply
+    assert reply is not None
+    assert reply.stop_reason == "cancelled"
+    assert chunks[-1].token is None
+    assert session.messages[-1]["content"] == reply.text
+    session.add_user("And?")
+    cm.prepare(session)
+    assert_exact(cm, session)
+
+
+def test_a_cancel_before_the_first_token_takes_everything_back(load: Loader) -> None:
+    cm = load()
+    session = Session()
+    stream = Engine(cm).stream(session, "Who?")
+    stream.cancel()
+    (chunk,) = stream
+    assert chunk.reply is not None
+    assert (chunk.reply.stop_reason, chunk.reply.text, chunk.reply.n_generated) == ("cancelled", "", 0)
+    assert session.messages == []
+    assert cm.stats().n_sessions == 0
+    assert Engine(cm).chat(session, "Who?", max_tokens=2).n_generated
+
+
+def test_a_deadline_ends_the_reply_as_it_stands(load: Loader) -> None:
+    cm = load()
+    session = Session()
+    started = time.perf_counter()
+    reply = Engine(cm).chat(
+        session, "Who?", max_tokens=100_000, timeout_s=0.1, logit_bias={int(cm.vocab.eos): -math.inf}
+    )
+    assert 0.1 <= time.perf_counter() - started < 5
+    assert reply.stop_reason == "timeout"
+    assert reply.finish_reason == "length"
+    assert session.messages[-1]["content"] == reply.text
+    late = Engine(cm).chat(session, "And?", timeout_s=0)
+    assert (late.stop_reason, late.text) == ("timeout", "")
+    assert len(session.messages) == 2
+
+
+def test_a_second_stream_on_one_session_is_refused_and_hurts_nobody(load: Loader) -> None:
+    engine, session = Engine(load()), Session()
+    first = engine.stream(session, "Who?", max_tokens=4)
+    next(first)
+    with pytest.raises(StateError, match="generating"):
+        engine.chat(session, "And?")
+    rest = list(first)
+    assert rest[-1].reply is not None
+    assert [m["role"] for m in session.messages] == ["user", "assistant"]

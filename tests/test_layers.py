@@ -20,7 +20,7 @@ LAYERS = """
 errors types options
 report session
 kv kv.row kv.slots kv.plan kv.radix kv.arena kv.eviction
-memo marks spans stretches text_stream writing tokenizing render
+memo marks spans stretches text_stream json_scan reply_format call_reader reply_parser writing tokenizing render
 llama llama.log llama.memory llama.batch llama.vocab llama.template llama.grammar llama.model llama.sampler
 llama.context llama.snapshot
 kv.store kv.prefix kv.snapshot

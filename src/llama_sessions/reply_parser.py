@@ -1,0 +1,272 @@
+"""A reply taken apart while it streams: what is said, what is thought, which tools are called.
+
+Nothing the model wrote is lost. What may be the start of a tag waits until that is decided, a call until it is whole;
+what turns out to be no call is content, tags and all. Not shown are tags, and the white space directly around them;
+where a call stands between two texts, the white space before it (or else behind it) keeps them apart.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from .call_reader import CallReader, ToolCallDelta
+from .errors import StateError
+from .json_scan import SPACE
+from .reply_format import ReplyFormat, ToolFormat
+
+Kind: TypeAlias = Literal["content", "thinking", "tool_call"]
+
+_ID_ALPHABET = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a reply: `text` of one kind, or (`kind` "tool_call", no text) news of a tool call."""
+
+    kind: Kind
+    text: str = ""
+    tool_call: ToolCallDelta | None = None
+
+
+class ReplyParser:
+    """Feed it visible text, cut anywhere; it gives out parts as soon as they are certain.
+
+    `tools`: whether calls are looked for; else they are content. `thinking_open`: the prompt ends inside the thinking
+    (`ReplyFormat.starts_thinking`). `id_seed`: the same seed draws the same ids of calls, so use another for every
+    reply; None draws random ones. The cost in all is linear in the reply's length.
+
+    Thinking stands at the start of a reply only. Calls of Llama 3 are the whole reply (behind the thinking), others
+    may stand anywhere behind the thinking. `tool_calls`: those that are whole, in OpenAI's form; before the final push
+    all of `content`, `thinking` and `tool_calls` are what is certain so far.
+    """
+
+    def __init__(
+        self, reply_format: ReplyFormat, *, tools: bool, thinking_open: bool = False, id_seed: int | None = None
+    ) -> None:
+        self.tool_calls: list[dict[str, Any]] = []
+        self._format = reply_format
+        self._thinking_open = thinking_open
+        formats = reply_format.tool_formats if tools else ()
+        self._openers = {known.opener: known for known in formats if known is not ToolFormat.LLAMA3}
+        self._opener = re.compile("|".join(map(re.escape, self._openers))) if self._openers else None
+        self._whole_reply_calls = ToolFormat.LLAMA3 in formats
+        # Mistral's templates refuse ids that are not nine letters or digits; others take any.
+        self._random: random.Random = random.SystemRandom() if id_seed is None else random.Random(id_seed)
+
+        self._state = "start"  # then "thinking", "head" (of what is said), "content", "call"
+        self._reader: CallReader | None = None
+        self._text, self._at, self._final = "", 0, False
+        self._over = False
+        # White space that is shown when text follows; behind a tag only if there was text of its kind before.
+        self._space: list[str] = []
+        self._at_tag = False
+        self._takes_space = True
+        self._said: dict[Kind, list[str]] = {"content": [], "thinking": []}
+        self._parts: list[Part] = []
+        self._run: list[str] = []
+        self._run_kind: Kind = "content"
+
+    @property
+    def content(self) -> str:
+        """What was said. Costs its length."""
+        return "".join(self._said["content"])
+
+    @property
+    def thinking(self) -> str:
+        """What was thought. Costs its length."""
+        return "".join(self._said["thinking"])
+
+    def push(self, text: str, final: bool = False) -> list[Part]:
+        """What `text` makes certain. `final`: nothing will follow, so nothing is held back.
+
+        Raises StateError for text behind the final one.
+        """
+        if self._over:
+            if text:
+                raise StateError(f"the reply has ended; {len(text)} characters came behind its final text")
+            return []
+        self._text, self._at, self._final, self._over = self._text[self._at :] + text, 0, final, final
+        steps = {
+            "start": self._read_start,
+            "thinking": self._read_thinking,
+            "head": self._read_head,
+            "content": self._read_content,
+            "call": self._read_call,
+        }
+        while steps[self._state]():
+            pass
+        self._end_run()
+        parts, self._parts = self._parts, []
+        return parts
+
+    # -- states: each reads on from `_at` and says whether another has to
+
+    def _read_start(self) -> bool:
+        """White space, then perhaps the tag that opens the thinking."""
+        self._skip_space()
+        found = self._stands_here(self._format.think_open)
+        if found is None:
+            return False
+        if found:
+            self._at += len(self._format.think_open)
+        if found or self._thinking_open:
+            self._space.clear()
+            self._pass_tag()
+        self._state = "thinking" if found or self._thinking_open else "head"
+        return True
+
+    def _read_thinking(self) -> bool:
+        close = self._format.think_close
+        end = self._text.find(close, self._at)
+        if end < 0:
+            self._say_rest("thinking", (close,))
+            return False
+        self._say("thinking", end)
+        self._at = end + len(close)
+        self._space.clear()
+        self._pass_tag()
+        self._state = "head"
+        return True
+
+    def _read_head(self) -> bool:
+        """White space, then perhaps calls that are the whole reply."""
+        self._skip_space()
+        self._state = "content"
+        if not self._whole_reply_calls:
+            return True
+        tag = ToolFormat.LLAMA3.opener
+        found = self._stands_here(tag)
+        if found is None:
+            self._state = "head"
+            return False
+        if found or self._text.startswith("{", self._at):
+            self._begin_call(ToolFormat.LLAMA3, tag if found else "")
+        return True
+
+    def _read_content(self) -> bool:
+        found = self._opener.search(self._text, self._at) if self._opener else None
+        if found is None:
+            self._say_rest("content", tuple(self._openers))
+            return False
+        self._say("content", found.start())
+        self._begin_call(self._openers[found[0]], found[0])
+        return True
+
+    def _read_call(self) -> bool:
+        reader = self._reader
+        assert reader is not None
+        self._at = reader.push(self._text, self._at, final=self._final)
+        deltas = reader.take_deltas()
+        if deltas:
+            self._end_run()
+        self._parts += [Part("tool_call", tool_call=delta) for delta in deltas]
+        if reader.outcome is None:
+            return False
+        self._state = "content"
+        if reader.outcome:
+            self.tool_calls += reader.tool_calls
+            self._pass_tag()
+        else:
+            self._take_back(reader.raw)
+        self._reader = None
+        return True
+
+    # -- tags
+
+    def _stands_here(self, tag: str) -> bool | None:
+        """Whether `tag` comes next; None: what is there may still become it."""
+        if self._text.startswith(tag, self._at):
+            return True
+        rest = self._text[self._at : self._at + len(tag)]
+        return None if not self._final and tag.startswith(rest) else False
+
+    def _pass_tag(self) -> None:
+        """White space behind a tag counts only where text stands before and no white space keeps it apart yet."""
+        self._at_tag = True
+        self._takes_space = not self._space and bool(self._said["content"])
+
+    def _begin_call(self, tool_format: ToolFormat, opener: str) -> None:
+        self._at += len(opener)
+        self._reader = CallReader(tool_format, opener, len(self.tool_calls), self._new_id)
+        self._state = "call"
+
+    def _new_id(self) -> str:
+        return "".join(self._random.choices(_ID_ALPHABET, k=9))
+
+    def _take_back(self, raw: str) -> None:
+        """What was taken for a call is content, but its last characters may begin a tag: those are read again."""
+        n_again = _n_begun(raw, 0, tuple(self._openers))
+        self._add("content", raw[: len(raw) - n_again])
+        if n_again <= self._at:
+            self._at -= n_again
+        else:  # they came with an earlier push
+            self._text, self._at = raw[len(raw) - n_again :] + self._text[self._at :], 0
+
+    # -- text
+
+    def _skip_space(self) -> None:
+        start = self._at
+        while self._at < len(self._text) and self._text[self._at] in SPACE:
+            self._at += 1
+        self._hold_space(self._text[start : self._at])
+
+    def _hold_space(self, space: str) -> None:
+        if space and self._takes_space:
+            self._space.append(space)
+
+    def _say(self, kind: Kind, end: int) -> None:
+        """The text up to `end` is of this kind."""
+        self._add(kind, self._text[self._at : end])
+        self._at = end
+
+    def _say_rest(self, kind: Kind, tags: Sequence[str]) -> None:
+        """All there is is of this kind, but for what one of `tags` may begin with."""
+        n_held = 0 if self._final else _n_begun(self._text, self._at, tags)
+        self._say(kind, len(self._text) - n_held)
+        if (self._final or not tags) and not self._at_tag:
+            self._put(kind, "".join(self._space))
+            self._space.clear()
+
+    def _add(self, kind: Kind, text: str) -> None:
+        """Show `text`, and the white space before it; the white space at its end waits."""
+        body = text.lstrip(SPACE)
+        self._hold_space(text[: len(text) - len(body)])
+        if not body:
+            return
+        if self._said[kind] or not self._at_tag:
+            self._put(kind, "".join(self._space))
+        shown = body.rstrip(SPACE)
+        self._put(kind, shown)
+        self._space.clear()
+        self._at_tag, self._takes_space = False, True
+        self._hold_space(body[len(shown) :])
+
+    def _put(self, kind: Kind, text: str) -> None:
+        if not text:
+            return
+        if kind != self._run_kind:
+            self._end_run()
+            self._run_kind = kind
+        self._run.append(text)
+        self._said[kind].append(text)
+
+    def _end_run(self) -> None:
+        if self._run:
+            self._parts.append(Part(self._run_kind, "".join(self._run)))
+            self._run = []
+
+
+def _n_begun(text: str, at: int, tags: Sequence[str]) -> int:
+    """Characters at the end of `text[at:]` that one of `tags` begins with, but not all of it."""
+    n_begun = 0
+    for tag in tags:
+        for n in range(min(len(tag) - 1, len(text) - at), n_begun, -1):
+            if text.endswith(tag[:n]):
+                n_begun = n
+                break
+    return n_begun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,3 +28,14 @@ def scripted(
 ) -> Stream:
     """A stream that samples the tokens of `reply`, then the end of generation."""
     return script(engine.stream(session, text, **options), ids_of(engine.cm, reply, by_byte=by_byte))
+
+
+def only_text(cm: ContextManager) -> dict[int, float]:
+    """A bias that leaves tokens of plain letters and spaces alone: replies that are readable, and never end by
+    themselves."""
+    allowed = [t for t in range(cm.vocab.n_tokens) if not cm.vocab.is_eog(t) and is_plain(cm.vocab.piece(t))]
+    return dict.fromkeys(set(range(cm.vocab.n_tokens)) - set(allowed), -math.inf)
+
+
+def is_plain(piece: bytes) -> bool:
+    return bool(piece) and all(char in b"abcdefghijklmnopqrstuvwxyz " for char in piece)

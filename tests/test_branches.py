@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from models import model_path
 from oracle import oracle_for
-from scripted import ids_of, script, scripted
+from scripted import only_text, script, scripted
 
 from llama_sessions import PRESETS, ContextManager, Engine, NoFreeSlot, OptionError, Session, StateError
 
@@ -46,10 +46,13 @@ def test_several_replies_of_one_prompt_decode_it_once(load: Loader) -> None:
 def test_a_seed_gives_each_of_several_replies_what_it_gives_alone(load: Loader) -> None:
     cm = load(max_sessions=6)
     engine, session = Engine(cm), Session()
-    branches = engine.replies(session, "Who are you?", n=3, max_tokens=8, seed=5)
+    branches = engine.replies(session, "Who are you?", n=3, max_tokens=2, seed=5)
     for i, branch in enumerate(branches):
-        alone = engine.chat(Session(), "Who are you?", max_tokens=8, seed=5 + i)
-        assert alone.tokens == branch.reply.tokens
+        alone = Session()
+        reply = engine.chat(alone, "Who are you?", max_tokens=2, seed=5 + i)
+        cm.release(alone)
+        assert reply.tokens[0] == branch.reply.tokens[0]  # the second has float noise: three rows in a batch, or one
+    assert len({branch.reply.tokens[0] for branch in branches}) > 1
 
 
 def test_several_replies_without_slots_leave_everything_as_it_was(load: Loader) -> None:
@@ -85,7 +88,8 @@ def test_a_second_stateless_call_decodes_only_what_is_new(load: Loader) -> None:
     cm = load(n_ctx=2048)
     engine = Engine(cm)
     messages = history(19)
-    reply = engine.chat(messages=messages, max_tokens=4, **GREEDY)
+    plain = only_text(cm)
+    reply = engine.chat(messages=messages, max_tokens=4, logit_bias=plain, **GREEDY)
     messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": "and now?"}]
     whole = reply.n_prompt + reply.n_generated
     second = engine.chat(messages=messages, max_tokens=4, **GREEDY)
@@ -103,7 +107,7 @@ def test_stateless_calls_of_several_conversations_find_their_own(load: Loader) -
     talks = {name: [{"role": "user", "content": f"I am {name}."}] for name in ("Ann", "Ben")}
     for turn in range(3):
         for name, messages in talks.items():
-            reply = engine.chat(messages=messages, max_tokens=4, **GREEDY)
+            reply = engine.chat(messages=messages, max_tokens=4, logit_bias=only_text(cm), **GREEDY)
             assert reply.n_decoded < 30 or turn == 0
             messages += [
                 {"role": "assistant", "content": reply.text},
@@ -164,13 +168,14 @@ def test_what_no_stateless_call_can_be_is_refused(load: Loader, call: Any, messa
 def test_a_partial_reply_goes_on_where_it_stops(load: Loader) -> None:
     cm = load()
     engine, session = Engine(cm), Session()
-    whole = engine.chat(session, "Who are you?", max_tokens=12, **GREEDY)
+    plain = {"logit_bias": only_text(cm)}
+    whole = engine.chat(session, "Who are you?", max_tokens=12, **plain, **GREEDY)
     ids = list(whole.tokens)
     twin = Session()
     twin.add_user("Who are you?")
     list(script(engine.stream(twin, max_tokens=5), ids[:5]))
     n_row = twin.n_past
-    reply = engine.chat(twin, continue_last=True, max_tokens=7, **GREEDY)
+    reply = engine.chat(twin, continue_last=True, max_tokens=7, **plain, **GREEDY)
     assert list(reply.tokens) == ids[5:]
     assert reply.n_decoded == reply.n_prompt - n_row == 1  # the last token of what was said
     assert twin.messages == session.messages
@@ -243,9 +248,10 @@ def test_there_must_be_something_to_continue(load: Loader, messages: Any, option
 def test_a_raw_session_says_its_text_as_it_stands(load: Loader) -> None:
     cm = load()
     session = Session.raw("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    reply = Engine(cm).chat(session, max_tokens=4, **GREEDY)
+    plain = {"logit_bias": only_text(cm)}
+    reply = Engine(cm).chat(session, max_tokens=4, **plain, **GREEDY)
     templated = Session("")
-    assert Engine(cm).chat(templated, "Hi", max_tokens=4, **GREEDY).tokens == reply.tokens
+    assert Engine(cm).chat(templated, "Hi", max_tokens=4, **plain, **GREEDY).tokens == reply.tokens
     assert cm.tokens(session)[: reply.n_prompt].tolist() == cm.tokens(templated)[: reply.n_prompt].tolist()
     n_row = session.n_past
     session.add_user("<|im_end|>\nmore")

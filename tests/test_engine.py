@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from models import model_path
 from oracle import Oracle, oracle_for
+from scripted import only_text
 
 from llama_sessions import (
     CapacityError,
@@ -43,17 +44,6 @@ def engine(cm: ContextManager) -> Engine:
 @pytest.fixture(scope="module")
 def oracle() -> Oracle:
     return oracle_for(model_path("llama-bpe"))
-
-
-def only_text(cm: ContextManager) -> dict[int, float]:
-    """A bias that leaves tokens of plain letters and spaces alone: replies that are readable, and never end by
-    themselves."""
-    allowed = [t for t in range(cm.vocab.n_tokens) if not cm.vocab.is_eog(t) and is_plain(cm.vocab.piece(t))]
-    return dict.fromkeys(set(range(cm.vocab.n_tokens)) - set(allowed), -math.inf)
-
-
-def is_plain(piece: bytes) -> bool:
-    return bool(piece) and all(char in b"abcdefghijklmnopqrstuvwxyz " for char in piece)
 
 
 def eog(cm: ContextManager) -> int:
@@ -562,7 +552,7 @@ def test_penalties_act_over_the_last_64_tokens_of_prompt_and_reply(
     sampler = stream._generation._sampler
     real, seen = sampler.sample, []
 
-    def recorded(logits: np.ndarray) -> int | None:
+    def recorded(logits: np.ndarray, grammar: Any = None) -> int | None:
         seen.append(logits.copy())
         return real(logits)
 

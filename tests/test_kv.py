@@ -18,7 +18,7 @@ from llama_sessions.types import TokenArray
 FULL = Capabilities(
     kind=MemoryKind.FULL, unified=True, n_ctx=1024, n_ctx_seq=1024, n_ctx_train=1024, n_batch=64, n_ubatch=64,
     n_seq_max=6, n_vocab=100, n_swa=0, swa_full=True, can_shift=True, shift_refused_because="", kv_bytes_per_token=1,
-    model="none",
+    model="none", fingerprint="none",
 )  # fmt: skip
 STREAMS = replace(FULL, unified=False)
 WINDOW = replace(FULL, kind=MemoryKind.WINDOW, n_swa=4)

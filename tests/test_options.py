@@ -32,6 +32,8 @@ INTEGERS: list[tuple[str, str, int, int | None]] = [
     ("sampling", "max_tokens", 1, None),
     ("sampling", "top_k", 0, 2**31 - 1),
     ("sampling", "seed", 0, 2**32 - 2),
+    ("sampling", "think_budget", 0, None),
+    ("sampling", "logprobs", 0, 1000),
     ("radix", "max_bytes", 1, None),
     ("radix", "min_tokens", 1, None),
 ]
@@ -44,8 +46,10 @@ NUMBERS: list[tuple[str, str, float, float | None]] = [
     ("sampling", "repeat_penalty", 0.01, 100.0),
     ("sampling", "frequency_penalty", -100.0, 100.0),
     ("sampling", "presence_penalty", -100.0, 100.0),
+    ("sampling", "timeout_s", 0.0, None),
 ]
 BOOLS = [("manager", "no_think"), ("manager", "log"), ("load", "swa_full"), ("load", "kv_unified")]
+BOOLS += [("sampling", "continue_last")]
 CHOICES: list[tuple[str, str, list[Any]]] = [
     ("manager", "eviction", ["message", "fifo", len]),
     ("manager", "overflow", ["shift", "gap", "reprefill"]),
@@ -55,6 +59,7 @@ CHOICES: list[tuple[str, str, list[Any]]] = [
     ("radix", "policy", ["lru", "lfu", "gdsf", len]),
 ]
 MAY_BE_NONE = ["headroom", "n_ctx", "n_threads", "type_k", "type_v", "seed", "idle_park_after_s"]
+MAY_BE_NONE += ["think_budget", "logprobs", "timeout_s"]
 
 
 def build(kind: str, **options: Any) -> Any:
@@ -136,11 +141,13 @@ def test_a_choice_is_one_of_the_known(kind: str, name: str, choices: list[Any]) 
 # -- names
 
 
-@pytest.mark.parametrize(("cls", "what"), [(ManagerOptions, "option"), (GenerationOptions, "generation option")])
-def test_an_unknown_option_is_refused_with_a_list_of_the_known(cls: Any, what: str) -> None:
+@pytest.mark.parametrize(
+    ("cls", "what", "more"), [(ManagerOptions, "option", []), (GenerationOptions, "generation option", ["preset"])]
+)
+def test_an_unknown_option_is_refused_with_a_list_of_the_known(cls: Any, what: str, more: list[str]) -> None:
     with pytest.raises(OptionError) as raised:
         cls.build({"no_such": 1})
-    assert str(raised.value) == f"unknown {what} 'no_such'; known: {', '.join(cls.__dataclass_fields__)}"
+    assert str(raised.value) == f"unknown {what} 'no_such'; known: {', '.join([*cls.__dataclass_fields__, *more])}"
 
 
 def test_an_unknown_option_of_load_is_refused_before_the_file_is_looked_at() -> None:
@@ -228,3 +235,26 @@ def test_options_cannot_be_changed_after_the_check(options: Any) -> None:
     name = next(iter(options.__dataclass_fields__))
     with pytest.raises(AttributeError):
         setattr(options, name, -1)
+
+
+def test_one_form_for_a_reply_is_enough() -> None:
+    with pytest.raises(OptionError, match="grammar and json_schema both say what the reply must be; pass one"):
+        GenerationOptions(grammar="root ::= [a]", json_schema={})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grammar": 7}, "grammar must be text"),
+        ({"json_schema": 7}, "json_schema must be a dict or JSON text, not 7"),
+        ({"json_schema": True}, "json_schema must be a dict or JSON text, not True"),
+    ],
+)
+def test_a_form_is_text_or_a_schema(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        GenerationOptions(**options)
+
+
+def test_what_is_given_beside_a_preset_wins() -> None:
+    options = GenerationOptions.build({"preset": "creative", "top_p": 0.5})
+    assert (options.temperature, options.top_p) == (1.1, 0.5)

@@ -18,8 +18,8 @@ Loader = Callable[..., ContextManager]
 
 HEADER = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 STRIPS = (  # as Qwen3 and R1 do: old thinking goes
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'].split('</think>')[-1] + '<|im_end|>\\n'"
-    " }}{% endfor %}" + HEADER
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'].split('</think>')[-1] }}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}" + HEADER
 )
 OPENS = STRIPS.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
 TOOLS = [
@@ -35,7 +35,7 @@ TOOLS = [
 QWEN = (
     "{% if tools %}{{ '<|im_start|>system\\n' + tools | tojson + ' Answer in <tool_call>.<|im_end|>\\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
-    "{% for c in m.tool_calls or [] %}{{ '<tool_call>\\n{\"name\": \"' + c.function.name + '\", \"arguments\": ' }}"
+    '{% for c in m.tool_calls or [] %}{{ \'<tool_call>\\n{"name": "\' + c.function.name + \'", "arguments": \' }}'
     "{{ c.function.arguments | tojson }}{{ '}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}" + HEADER
 )
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
@@ -87,7 +87,9 @@ def test_a_think_budget_closes_the_thinking(load: Loader, template: str, budget:
     engine, session = Engine(cm), Session()
     opening = [] if template is OPENS else ids_of(cm, "<think>")
     thoughts = ids_of(cm, "hm hm hm hm hm hm", by_byte=True)
-    stream = script(engine.stream(session, "Why?", think_budget=budget), [*opening, *thoughts[:budget], *ids_of(cm, "So.")])
+    stream = script(
+        engine.stream(session, "Why?", think_budget=budget), [*opening, *thoughts[:budget], *ids_of(cm, "So.")]
+    )
     reply = list(stream)[-1].reply
     assert reply is not None
     assert reply.text == "So."

@@ -22,12 +22,13 @@ def ids_of(session: Session) -> list[tuple[int, ...] | None]:
 def test_messages_are_plain_openai_dicts() -> None:
     session = Session()
     session.add_user("hello")
-    session.add_assistant("hi")
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    session.add_assistant("hi")["tool_calls"] = [call]
     session.add_tool_result("42", tool_call_id="call_1", name="add")
     session.add("system", "be brief")
     assert session.messages == [
         {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "hi"},
+        {"role": "assistant", "content": "hi", "tool_calls": [call]},
         {"role": "tool", "content": "42", "tool_call_id": "call_1", "name": "add"},
         {"role": "system", "content": "be brief"},
     ]
@@ -170,7 +171,7 @@ def test_a_deleted_reply_leaves_nothing_behind_that_grows() -> None:
 def test_appended_tokens_stand_for_the_next_assistant_message() -> None:
     session = Session()
     for token in (5, 6):
-        session.note_appended(token)
+        session.note_appended(token, "m")
     session.add_assistant("hi")
     session.add_assistant("ho")
     assert ids_of(session) == [(5, 6), None]
@@ -178,7 +179,7 @@ def test_appended_tokens_stand_for_the_next_assistant_message() -> None:
 
 def test_appended_tokens_are_forgotten_when_the_row_is_prepared_anew() -> None:
     session = Session()
-    session.note_appended(5)
+    session.note_appended(5, "m")
     session.forget_appended()
     session.add_assistant("hi")
     assert ids_of(session) == [None]
@@ -186,7 +187,7 @@ def test_appended_tokens_are_forgotten_when_the_row_is_prepared_anew() -> None:
 
 def test_a_refused_message_keeps_the_appended_tokens() -> None:
     session = Session()
-    session.note_appended(5)
+    session.note_appended(5, "m")
     with pytest.raises(OptionError):
         session.add_assistant("\ud800")
     session.add_assistant("hi")
@@ -253,7 +254,7 @@ def test_reply_ids_and_trust_follow_the_dicts_of_a_copy() -> None:
 
 def test_what_is_added_to_a_copy_is_not_in_the_session() -> None:
     session = Session()
-    session.note_appended(1)
+    session.note_appended(1, "m")
     twin = session.copy()
     twin.add_assistant("b")
     assert (session.messages, ids_of(twin)) == ([], [(1,)])

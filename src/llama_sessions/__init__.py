@@ -8,6 +8,7 @@ with ContextManager.load("model.gguf", max_sessions=8) as cm:
     print(Engine(cm).chat(chat, "What is a KV cache?").text)
 """
 
+from .call_reader import ToolCallDelta
 from .engine import Engine
 from .errors import (
     Cancelled,
@@ -31,7 +32,6 @@ from .manager import ContextManager
 from .options import RadixOptions
 from .pending import NextToken, Pending, PromptChunk
 from .reply import Branch, Chunk, Reply, TokenLogprob
-from .reply_parser import ToolCallDelta
 from .report import PrepareReport, Preview, RadixStats, Stats, StepReport, StepResult, Stretch
 from .session import Session
 from .stream import Stream

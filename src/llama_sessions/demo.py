@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .engine import Engine
 from .manager import ContextManager
-from .report import Reply
+from .reply import Reply
 from .session import Session
 
 SYSTEM = (

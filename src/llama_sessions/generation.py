@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from .errors import OptionError, StateError
 from .generation_options import GenerationOptions
-from .llama.grammar import Grammar, gbnf_of_schema
+from .llama.grammar import gbnf_of_schema
 from .llama.sampler import Sampler
 from .manager import ContextManager
 from .options import checked_text
@@ -22,7 +22,7 @@ from .reply import Chunk, Reply, TokenLogprob, logprobs_of, reply_fields
 from .reply_parser import Part, ReplyParser
 from .session import Session, check_message
 from .speech import Speech
-from .types import FloatArray, Message
+from .types import Constraint, FloatArray, Message
 
 _TAIL = 256  # characters of the prompt in which a reply header is looked for
 
@@ -52,7 +52,7 @@ class Generation:
         self._options = options
         self._sampler = Sampler(options, cm.capabilities.n_vocab)
         self._grammar = _grammar(cm, options)
-        self._speech = Speech(options.stops, ReplyParser(cm.reply_format))
+        self._speech = Speech(options.stops, ReplyParser(cm.reply_format, tools=False))
         self._logprobs: list[TokenLogprob] = []
         self._forced: deque[int] = deque()
         self._n_thinking = 0
@@ -139,13 +139,14 @@ class Generation:
     def _choose(self, logits: FloatArray) -> int | None:
         """The next token, by force or by the sampler, noted with its log-probability."""
         options, speech = self._options, self._speech
-        if speech.is_thinking and not self._forced and options.think_budget is not None:
-            if self._n_thinking >= options.think_budget:
-                closing = self._cm.reply_format.think_close
-                self._forced.extend(self._cm.vocab.tokenize(closing, special=True).tolist())
+        budget = options.think_budget
+        if budget is not None and speech.is_thinking and not self._forced and self._n_thinking >= budget:
+            closing = self._cm.reply_format.think_close
+            self._forced.extend(self._cm.vocab.tokenize(closing, special=True).tolist())
+        token: int | None
         if self._forced:
-            token: int | None = self._forced.popleft()
-            self._sampler.accept(token)
+            token = forced = self._forced.popleft()
+            self._sampler.accept(forced)
         else:
             token = self._sampler.sample(logits, None if speech.is_thinking else self._grammar)
         if token is not None and options.logprobs is not None:
@@ -224,7 +225,9 @@ class Generation:
             if asked is not None and asked["content"] == self._partial:
                 before = self._spelling_before(self._partial)
                 session.extend_reply(
-                    asked, self._partial + speech.text, before + ids if len(before) or not self._partial else [],
+                    asked,
+                    self._partial + speech.text,
+                    before + ids if len(before) or not self._partial else [],
                     model=model,
                 )
             return
@@ -276,7 +279,7 @@ def _check_question(messages: list[Message], text: str | None, options: Generati
         )
 
 
-def _grammar(cm: ContextManager, options: GenerationOptions) -> Grammar | None:
+def _grammar(cm: ContextManager, options: GenerationOptions) -> Constraint | None:
     """What the options ask the reply to be, compiled for this vocabulary."""
     if options.json_schema is not None:
         return cm.grammar(gbnf_of_schema(options.json_schema))

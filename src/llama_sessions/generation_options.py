@@ -109,4 +109,4 @@ class GenerationOptions:
         check_known("generation option", options, [*(f.name for f in fields(cls)), "preset"])
         preset = options.get("preset")
         base = {} if preset is None else PRESETS[checked_choice("preset", preset, tuple(PRESETS))]
-        return build_options(cls, "generation option", base | {k: v for k, v in options.items() if k != "preset"})
+        return build_options(cls, "generation option", {**base, **{k: v for k, v in options.items() if k != "preset"}})

@@ -37,7 +37,7 @@ def describe(cm: ContextManager) -> Iterator[str]:
 
 def _sizes(caps: Capabilities) -> Iterator[str]:
     if caps.n_swa:
-        yield f"window     {caps.n_swa} tokens, {'kept whole (swa_full)' if caps.swa_full else 'older ones are dropped'}"
+        yield f"window     {caps.n_swa} tokens, {'kept whole' if caps.swa_full else 'older ones are dropped'}"
     if caps.kv_bytes_per_token:
         whole = caps.kv_bytes_per_token * caps.n_ctx / 2**20
         yield f"KV         {caps.kv_bytes_per_token:,} bytes a token, {whole:,.0f} MiB for the whole context"

@@ -17,7 +17,6 @@ from .integrity import check
 from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .kv.store import RowStore
-from .llama.grammar import Grammar
 from .loading import Parts, Untemplated, adopt_parts, borrow_parts, load_parts
 from .options import LoadOptions, ManagerOptions, checked_bool, checked_int, checked_text
 from .overview import Overview
@@ -31,7 +30,7 @@ from .report import Preview, Stats, StepReport, StepResult
 from .seats import Seats
 from .session import Session
 from .stepper import Stepper
-from .types import Capabilities, FloatArray, TokenArray
+from .types import Capabilities, Constraint, FloatArray, TokenArray
 
 logger = logging.getLogger("llama_sessions")
 
@@ -113,9 +112,7 @@ class ContextManager:
         self._preparer = Preparer(self._store, self._seats, self.slots, self.prefix, self._prompter)
         self._stepper = Stepper(self._store, self._seats)
         self._overview = Overview(self._store, self.slots, self.prefix, self._seats, self._preparer, options)
-        self._entry = Entry(
-            self._seats.drain, self._overview.publish, self._free, parts.is_gone, quiet=not options.log
-        )
+        self._entry = Entry(self._seats.drain, self._overview.publish, self._free, parts.is_gone, quiet=not options.log)
         for name in _LATER:
             if name in given:
                 logger.info("option %s is accepted and checked; it takes effect in a later version", name)
@@ -157,11 +154,10 @@ class ContextManager:
         """How the model marks thinking and tool calls, as far as its template tells."""
         return self._reply_format
 
-    def grammar(self, gbnf: str) -> Grammar:
+    def grammar(self, gbnf: str) -> Constraint:
         """`gbnf` compiled for this vocabulary, for one reply. OptionError says where it is wrong."""
         with self._entry.reading():
-            grammar: Grammar = self._parts.vocab.grammar(gbnf)
-        return grammar
+            return self._parts.vocab.grammar(gbnf)
 
     # -- hooks and the system prompt
 
@@ -293,9 +289,7 @@ class ContextManager:
             out.flags.writeable = False
             return out
 
-    def read_logits(
-        self, session: Session, read: Callable[[FloatArray], T], *, holder: object | None = None
-    ) -> T:
+    def read_logits(self, session: Session, read: Callable[[FloatArray], T], *, holder: object | None = None) -> T:
         """What `read` makes of the session's (n_vocab,) float32 logits, which are not copied and not to be kept."""
         with self._entry.gate(), self._entry.use:
             seat = self._seats.get(session, holder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .reply_parser import ToolCallDelta
+from .call_reader import ToolCallDelta
 from .session import Session
 from .types import FloatArray, Message
 

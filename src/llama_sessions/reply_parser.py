@@ -72,6 +72,11 @@ class ReplyParser:
         self._run_kind: Kind = "content"
 
     @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next is thought: a tag, or the prompt, has opened the thinking."""
+        return self._state == "thinking" or (self._state == "start" and self._thinking_open)
+
+    @property
     def content(self) -> str:
         """What was said. Costs its length."""
         return "".join(self._said["content"])

@@ -54,8 +54,8 @@ class SpokenReply:
     message: Message
     text: str
     ids: tuple[int, ...] = ()
-    model: str = ""
     trusted: bool = False
+    model: str = ""
 
 
 class Session:
@@ -153,7 +153,7 @@ class Session:
         message = check_message({"role": "assistant", "content": text, **fields}, "the message")
         at = next((i + 1 for i, m in enumerate(self.messages) if m is behind), len(self.messages))
         self.messages.insert(at, message)
-        self._know(SpokenReply(message, text, tuple(ids), model, trusted))
+        self._know(SpokenReply(message, text, tuple(ids), trusted, model))
         return message
 
     def extend_reply(self, message: Message, text: str, ids: Sequence[int], *, model: str) -> None:
@@ -161,7 +161,7 @@ class Session:
         trusted = any(r.trusted for r in self._replies if r.message is message)
         message["content"] = checked_text("the content", text)
         self._replies = [r for r in self._replies if r.message is not message]
-        self._know(SpokenReply(message, text, tuple(ids), model, trusted))
+        self._know(SpokenReply(message, text, tuple(ids), trusted, model))
 
     def _know(self, reply: SpokenReply) -> None:
         if reply.ids or reply.trusted:
@@ -263,6 +263,6 @@ def _checked_reply(data: object, messages: Sequence[Message], where: str) -> Spo
         messages[at],
         messages[at].get("content") or "",
         tuple(checked_int(f"an id of {where}", token, 0, 2**31 - 1) for token in ids),
-        checked_text(f"'model' of {where}", data.get("model", "")),
         checked_bool(f"'trusted' of {where}", data.get("trusted", False)),
+        checked_text(f"'model' of {where}", data.get("model", "")),
     )

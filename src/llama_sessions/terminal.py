@@ -116,12 +116,14 @@ class Terminal:
         if self._in_colour:
             self._say(_PLAIN, end="")
         reply = stream.reply
-        cost = "" if reply is None else f"  [{reply.n_reused} reused, {reply.n_decoded} decoded, {reply.n_generated} said]"
+        cost = (
+            "" if reply is None else f"  [{reply.n_reused} reused, {reply.n_decoded} decoded, {reply.n_generated} said]"
+        )
         self._say(f"{_DIM}{cost}{_PLAIN}" if self._in_colour else cost)
 
     def _progress(self, done: int, total: int, session: Session) -> None:
         """A line that shows how far a long prompt is, on a terminal."""
-        if self._in_colour and total - session.n_past > _LONG_PROMPT or (self._in_colour and 0 < done < total):
+        if (self._in_colour and total - session.n_past > _LONG_PROMPT) or (self._in_colour and 0 < done < total):
             self._say(f"\r{_DIM}reading {done} of {total} tokens{_PLAIN}\033[K", end="" if done < total else "\r\033[K")
 
     # -- commands

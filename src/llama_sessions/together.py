@@ -56,14 +56,15 @@ class Together:
         self._running = [g for g in self._running if g.reply is None]
 
 
-def branches(cm: ContextManager, session: Session, text: str | None, n: int, options: GenerationOptions) -> list[Branch]:
+def branches(
+    cm: ContextManager, session: Session, text: str | None, n: int, options: GenerationOptions
+) -> list[Branch]:
     """`n` replies to one prompt, each in a fork of the session. On an error the session is as before, without forks."""
     user = None if text is None else session.add_user(text)
     forks: list[Session] = []
     try:
         cm.prepare(session)
-        for _ in range(n):
-            forks.append(cm.fork(session))
+        forks.extend(cm.fork(session) for _ in range(n))
         seeds = [options.seed if options.seed is None else (options.seed + i) % (2**32 - 1) for i in range(n)]
         made: list[Generation] = []
 

@@ -137,6 +137,8 @@ class StretchTokenizer:
         if reply in self._spelled:
             return self._spelled.get(reply)
         ids = list(reply.ids)
+        if max(ids, default=0) >= self._vocab.n_tokens:  # a saved session may say anything
+            return self._spelled.keep(reply, None)
         while ids and self._vocab.is_eog(ids[-1]):
             ids.pop()
         pieces = [self._vocab.piece(t) for t in ids]

@@ -20,14 +20,18 @@ def checked_functions(functions: Functions) -> dict[str, Callable[..., Any]]:
         try:
             named = {function.__name__: function for function in functions}
         except (TypeError, AttributeError):
-            raise OptionError(f"functions must be a dict of callables, or a list of functions, not {functions!r}") from None
+            raise OptionError(
+                f"functions must be a dict of callables, or a list of functions, not {functions!r}"
+            ) from None
     for name, function in named.items():
         if not isinstance(name, str) or not callable(function):
             raise OptionError(f"the function {name!r} must be callable, not {function!r}")
     return named
 
 
-def answer_calls(session: Session, calls: Iterable[Mapping[str, Any]], functions: Mapping[str, Callable[..., Any]]) -> None:
+def answer_calls(
+    session: Session, calls: Iterable[Mapping[str, Any]], functions: Mapping[str, Callable[..., Any]]
+) -> None:
     """Run each call and add its result to the session. What goes wrong is a result too: the model is told."""
     for call in calls:
         name = call["function"]["name"]

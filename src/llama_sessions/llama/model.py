@@ -91,7 +91,9 @@ class Model:
         if not llm.model:
             raise OptionError("the Llama is closed; load it again")
         if llm.lora_path is not None:
-            log.logger.warning("the LoRA of the Llama (%s) belongs to its own context; sessions go without", llm.lora_path)
+            log.logger.warning(
+                "the LoRA of the Llama (%s) belongs to its own context; sessions go without", llm.lora_path
+            )
         log.install()
         model = cls(llm.model, owned=False, name=str(llm.model_path), lender=llm)
         model._check_it_can_chat()

@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import NativeError, OptionError, StateError
 from ..options import checked_int, checked_text
 from ..types import TokenArray
+from .grammar import Grammar
 
 T = TypeVar("T")
 
@@ -145,6 +146,11 @@ class LlamaVocab:
                 ends = bool(llama_cpp.llama_vocab_is_eog(self._live(), self._known(token)))
             self._ends[token] = ends
         return ends
+
+    def grammar(self, gbnf: str) -> Grammar:
+        """A grammar for one reply; see `Grammar`."""
+        with self._using:
+            return Grammar.compiled(self._live(), gbnf)
 
     def piece(self, token: int) -> bytes:
         """The token's bytes in running text, control tokens included; kept after the first call."""

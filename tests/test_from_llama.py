@@ -1,0 +1,78 @@
+"""A context of our own over the weights of a `llama_cpp.Llama`, which stays as usable as it was."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import llama_cpp
+import pytest
+from models import model_path
+from oracle import oracle_for
+
+from llama_sessions import ContextManager, Engine, OptionError, Session, StateError
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture
+def llm() -> Iterator[llama_cpp.Llama]:
+    llm = llama_cpp.Llama(str(model_path("llama-bpe")), n_ctx=256, n_threads=1, verbose=False)
+    yield llm
+    llm.close()
+
+
+def says(llm: llama_cpp.Llama) -> Any:
+    return llm.create_completion(PROMPT, max_tokens=5, temperature=0.0)["choices"][0]["text"]
+
+
+def test_both_work_side_by_side(llm: llama_cpp.Llama) -> None:
+    before = says(llm)
+    with ContextManager.from_llama(llm, n_ctx=512, max_sessions=2, n_threads=1) as cm:
+        session = Session()
+        stream = Engine(cm).stream(session, "Who?", max_tokens=6, temperature=0.0)
+        next(stream)
+        assert says(llm) == before
+        rest = list(stream)
+        assert rest[-1].reply is not None
+        oracle_for(model_path("llama-bpe")).assert_exact(cm.logits(session), cm.tokens(session))
+    assert says(llm) == before
+
+
+def test_it_keeps_the_llama_alive() -> None:
+    cm = ContextManager.from_llama(
+        llama_cpp.Llama(str(model_path("llama-bpe")), n_ctx=256, n_threads=1, verbose=False), n_ctx=256, n_threads=1
+    )
+    gc.collect()
+    assert Engine(cm).complete("Who?", max_tokens=3).n_generated == 3
+    cm.close()
+
+
+def test_a_llama_closed_first_is_said_and_nothing_crashes(llm: llama_cpp.Llama) -> None:
+    cm = ContextManager.from_llama(llm, n_ctx=256, n_threads=1)
+    session = Session()
+    cm.prepare(session)
+    llm.close()
+    session.add_user("Who?")
+    for call in (lambda: cm.prepare(session), cm.stats, lambda: cm.tokens(session)):
+        with pytest.raises(StateError, match="the Llama whose weights this manager uses was closed"):
+            call()
+    cm.close()
+    assert cm.is_closed
+    with pytest.raises(OptionError, match="the Llama is closed"):
+        ContextManager.from_llama(llm)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ("model.gguf", {}, "from_llama takes a llama_cpp.Llama, not 'model.gguf'"),
+        (None, {"n_gpu_layers": 0}, "n_gpu_layers was decided when the Llama was loaded"),
+        (None, {"no_such": 1}, "unknown option 'no_such'"),
+        (None, {"n_ctx": 0}, "n_ctx must be"),
+    ],
+)
+def test_wrong_arguments_are_refused(llm: llama_cpp.Llama, given: Any, options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ContextManager.from_llama(given or llm, **options)

@@ -1,0 +1,177 @@
+"""The chat in a terminal: commands, several lines, errors that do not end it, Ctrl-C that stops a reply only."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import only_text
+
+from llama_sessions import ContextManager
+from llama_sessions.terminal import Terminal
+
+Loader = Callable[..., ContextManager]
+
+
+def talk(cm: ContextManager, *lines: str, **options: Any) -> str:
+    """What the terminal prints when these lines are typed."""
+    typed: Iterator[str] = iter(lines)
+
+    def ask(prompt: str) -> str:
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        out.write(f"{prompt}{line}\n")
+        return line
+
+    out = io.StringIO()
+    Terminal(cm, ask, out, **{"max_tokens": 6, "temperature": 0.0, **options}).run()
+    return out.getvalue()
+
+
+@pytest.fixture
+def cm(tiny_chat: Path) -> ContextManager:
+    return ContextManager.load(tiny_chat, max_sessions=4, n_ctx=1024, n_threads=1)
+
+
+def test_a_conversation_remembers_and_counts(cm: ContextManager) -> None:
+    cm.set_system("You remember what you are told.")
+    out = talk(cm, "My name is Marelo.", "What is my name?", max_tokens=24)
+    assert "Marelo" in out.split("What is my name?")[1]
+    assert re.search(r"\[\d+ reused, \d+ decoded, \d+ said\]", out)
+
+
+def test_lines_go_on_behind_a_backslash_and_between_quotes(load: Loader) -> None:
+    cm = load()
+    seen: list[str] = []
+    cm.set_hook("before_encode", lambda messages, session: seen.append(messages[-1]["content"]))
+    talk(cm, "one\\", "two", '"""', "three", "", "four", '"""', logit_bias=only_text(cm))
+    assert seen == ["one\ntwo", "three\n\nfour"]
+
+
+def test_fork_and_switch_keep_conversations_apart(load: Loader) -> None:
+    cm = load()
+    out = talk(cm, "first", "/fork", "second", "/switch 1", "/switch 9", "/new", "/switch", logit_bias=only_text(cm))
+    assert "session 2, with the past of the one before" in out
+    lists = re.findall(r"([* ]) (\d): (\d) messages", out)
+    assert lists[:2] == [("*", "1", "2"), (" ", "2", "4")]
+    assert lists[-3:] == [(" ", "1", "2"), (" ", "2", "4"), ("*", "3", "0")]
+
+
+def test_undo_and_regen(load: Loader) -> None:
+    cm = load()
+    out = talk(cm, "/undo", "/regen", "first", "/regen", "/undo", "/undo", logit_bias=only_text(cm))
+    assert "there is nothing to undo" in out
+    assert "there is no answer to make anew" in out
+    assert "0 messages left" in out
+    assert out.count("reused") == 2
+
+
+def test_save_and_load(load: Loader, tmp_path: Path) -> None:
+    cm, file = load(), tmp_path / "talk.json"
+    out = talk(cm, "first", f"/save {file}", f"/load {file}", "/stats", "/load nowhere.json", logit_bias=only_text(cm))
+    assert f"2 messages written to {file}" in out
+    assert "session 2, 2 messages" in out
+    assert "slots in use" in out
+    assert "FileNotFoundError" in out
+
+
+@pytest.mark.parametrize("line", ["/nothing", "/load", "/save /", "\ud800", "x" * 100_000])
+def test_an_error_is_said_and_the_conversation_goes_on(load: Loader, line: str) -> None:
+    out = talk(cm := load(), line, "/help", "hi", logit_bias=only_text(cm))
+    assert "/switch N" in out  # of /help, after it
+    assert "said]" in out
+
+
+def test_from_a_pipe_it_answers_and_ends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_sessions", "chat", "--preset", "fast", "--system", "The password is velora."],
+        input="What is the password?\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "velora" in done.stdout
+    assert "\033" not in done.stdout
+
+
+def test_ctrl_c_stops_a_reply_and_not_the_program(tmp_path: Path) -> None:
+    from models import model_path
+
+    main, other = pty.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "llama_sessions",
+        "chat",
+        "--model",
+        str(model_path("llama-bpe")),
+        "--n-ctx",
+        "2048",
+    ]
+    process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, start_new_session=True)
+    os.close(other)
+    printed = b""
+
+    def wait_for(pattern: bytes, seconds: float = 30) -> None:
+        nonlocal printed
+        os.set_blocking(main, False)
+        end = time.monotonic() + seconds
+        while not re.search(pattern, printed):
+            assert time.monotonic() < end, printed[-2000:]
+            try:
+                printed += os.read(main, 65536)
+            except BlockingIOError:
+                time.sleep(0.01)
+
+    try:
+        wait_for(rb"> $")
+        os.write(main, b"go on and on\n")
+        wait_for(rb"on and on\r\n.{20}")
+        process.send_signal(signal.SIGINT)
+        wait_for(rb"\(stopped\)")
+        printed = b""
+        os.write(main, b"/stats\n")
+        wait_for(rb"slots in use")
+        os.write(main, b"/quit\n")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
+
+
+def test_info_tells_what_a_model_can_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_sessions", "info"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for text in ("tiny-chat", "memory     full", "bytes a token", "shifting   allowed", "nothing to warn of"):
+        assert text in done.stdout
+
+
+REFUSES = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.role + ': ' }}"
+    "{{ m.content.split('</think>')[-1] + '\n' }}{% endfor %}"
+)
+
+
+def test_info_warns_of_what_a_template_does(load: Loader) -> None:
+    from llama_sessions.info import template_warnings
+
+    warnings = " ".join(template_warnings(load(chat_template=REFUSES)))
+    for text in ("refuses a system text", "rewrites its past", "writes no control tokens"):
+        assert text in warnings
+    assert list(template_warnings(load())) == []

@@ -11,6 +11,21 @@ from .errors import StateError
 from .llama import log
 
 
+class _Process:
+    """Which process this is, without asking the system at each call."""
+
+    def __init__(self) -> None:
+        self.renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self.pid = os.getpid()
+
+
+_process = _Process()
+
+
 class _Inside:
     """The inside of the house: between these two the owner of the lock is known. One object serves all calls.
 
@@ -70,13 +85,13 @@ class Entry:
         self.change = _Inside(self, self._begin, after)
         self.use = _Inside(self, self._begin)
         self._looking = _Inside(self)
-        self._pid = os.getpid()
+        self._pid = _process.pid
         self._readers: set[int] = set()
 
     @property
     def in_child(self) -> bool:
         """Whether this is a forked child, where llama.cpp must not be touched."""
-        return os.getpid() != self._pid
+        return _process.pid != self._pid
 
     def check(self) -> None:
         """StateError where no call is allowed at all."""

@@ -18,24 +18,26 @@ _N_PENALTY = 64  # tokens of prompt and reply that the penalties look at
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _COLDEST = 1e-20  # below it logits divided by the temperature overflow: the same as greedy
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
-_BLOCK = 64  # logits
+_BLOCK = 128  # logits
 
 
 def contenders(logits: FloatArray, k: int) -> TokenArray | None:
     """Ids, ascending, among which the `k` largest logits are; None where that narrows nothing down, or for NaN.
 
-    One pass over the logits: 25 us at 152k, 80 when they are not in the cache. `k` must not exceed the number of
+    One pass over the logits: 32 us at 152k, 67 when they are not in the cache. `k` must not exceed the number of
     blocks.
     """
     n_blocks = len(logits) // _BLOCK
     blocks = logits[: n_blocks * _BLOCK].reshape(_BLOCK, n_blocks)  # block j: logits j, j + n_blocks, ...
     best = blocks.max(axis=0)
     reached = np.partition(best, n_blocks - k)[n_blocks - k]  # by the best of k blocks, so by k logits at least
-    chosen = np.flatnonzero(best >= reached)
-    rows, columns = np.nonzero(blocks[:, chosen] >= reached)
-    rest = np.flatnonzero(logits[n_blocks * _BLOCK :] >= reached) + n_blocks * _BLOCK
-    ids: TokenArray = np.concatenate([np.sort(rows * n_blocks + chosen[columns]), rest]).astype(np.int32)
-    return ids if k <= len(ids) <= len(logits) // 8 else None
+    chosen = (best >= reached).nonzero()[0]
+    found = (blocks.take(chosen, axis=1) >= reached).ravel().nonzero()[0]
+    ids = found // max(1, len(chosen)) * n_blocks + chosen[found % max(1, len(chosen))]
+    ids.sort()
+    rest = (logits[n_blocks * _BLOCK :] >= reached).nonzero()[0] + n_blocks * _BLOCK
+    ids = np.concatenate([ids, rest])
+    return ids.astype(np.int32) if k <= len(ids) <= len(logits) // 8 else None
 
 
 class Sampler:

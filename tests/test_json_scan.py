@@ -170,7 +170,7 @@ def cut(draw: st.DrawFn, text: str) -> list[str]:
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.dictionaries(st.text(max_size=4), values, max_size=4), st.booleans(), st.sampled_from([None, 1]))
 def test_any_object_is_read_as_json_reads_it(
     data: st.DataObject, value: dict[str, Any], ascii_only: bool, indent: int | None
@@ -182,7 +182,7 @@ def test_any_object_is_read_as_json_reads_it(
     assert {key: json.loads(found.text) for key, found in scan.values.items()} == value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.data(),
     st.lists(st.sampled_from(['"', "\\", "{", "}", "[", "]", ",", ":", "a", "1", " ", '"a":', "\n"]), max_size=16),

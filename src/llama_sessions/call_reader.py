@@ -179,10 +179,9 @@ class CallReader:
             if not (yield from self._peek()):
                 return False
             self._at = scan.push(self._text, self._at)
-            if not scan.wrong:
-                if not call.name:
-                    call.named(name)
-                call.give(scan.pieces)
+            if not call.name:
+                call.named(name)
+            call.give(scan.pieces)
         if scan.wrong or loads_object(scan.text) is None:
             return False
         call.finish(scan.text)

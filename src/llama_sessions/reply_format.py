@@ -86,7 +86,7 @@ def _thinking_tags(source: str) -> Iterator[tuple[str, str]]:
         words = name.rpartition(":")[2].split("_")
         edges = [word for word in words if word.lower() in ("start", "begin", "end")]
         subjects = [word.lower() for word in words if word not in edges and word.lower() != "of"]
-        if len(subjects) != 1 or subjects[0] not in _THINKING or len(edges) > 1:
+        if len(subjects) != 1 or subjects[0] not in _THINKING:
             continue
         if edges:
             edge = edges[0]

@@ -62,7 +62,7 @@ class ReplyParser:
         self._reader: CallReader | None = None
         self._text, self._at, self._final = "", 0, False
         self._over = False
-        # White space that is shown when text follows; behind a tag only if there was text of its kind before.
+        # White space that is shown if text follows; around a tag only between two texts of one kind.
         self._space: list[str] = []
         self._at_tag = False
         self._takes_space = True
@@ -120,9 +120,10 @@ class ReplyParser:
         if found:
             self._at += len(self._format.think_open)
         if found or self._thinking_open:
-            self._space.clear()
             self._pass_tag()
-        self._state = "thinking" if found or self._thinking_open else "head"
+            self._state = "thinking"
+        else:
+            self._state = "head"
         return True
 
     def _read_thinking(self) -> bool:
@@ -133,7 +134,6 @@ class ReplyParser:
             return False
         self._say("thinking", end)
         self._at = end + len(close)
-        self._space.clear()
         self._pass_tag()
         self._state = "head"
         return True
@@ -191,9 +191,9 @@ class ReplyParser:
         return None if not self._final and tag.startswith(rest) else False
 
     def _pass_tag(self) -> None:
-        """White space behind a tag counts only where text stands before and no white space keeps it apart yet."""
+        """White space behind a tag counts only where none stands before it."""
         self._at_tag = True
-        self._takes_space = not self._space and bool(self._said["content"])
+        self._takes_space = not self._space
 
     def _begin_call(self, tool_format: ToolFormat, opener: str) -> None:
         self._at += len(opener)

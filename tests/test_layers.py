@@ -21,7 +21,9 @@ errors types options
 report session
 kv kv.row kv.slots kv.plan kv.radix kv.arena kv.eviction
 memo marks spans stretches text_stream writing tokenizing render
-llama llama.log llama.memory llama.batch llama.vocab llama.template llama.grammar llama.model llama.sampler
+gbnf_rules gbnf_text gbnf_readings gbnf json_schema
+llama llama.log llama.memory llama.batch llama.deep_stack llama.vocab llama.template llama.grammar llama.schema
+llama.model llama.sampler
 llama.context llama.snapshot
 kv.store kv.prefix kv.snapshot
 loading hooks seats prompts pending planner stepper integrity overview entry

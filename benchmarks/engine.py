@@ -1,4 +1,4 @@
-"""Tokens a second of `Engine.stream`, beside a bare decode-and-sample loop and `llama_cpp.Llama`, with and without JSON.
+"""Tokens a second of `Engine.stream`, beside a bare decode-and-sample loop and `llama_cpp.Llama`, JSON too.
 
     python benchmarks/engine.py                     # about 8 minutes on 2 cores
     python benchmarks/engine.py --shape small --pairs 4

@@ -1,7 +1,7 @@
 """How the benchmarks measure: each part in a process of its own, parts interleaved, medians, a table, JSON.
 
 A benchmark is a script with named parts. `run_part` starts the script again with `--part NAME`, hands it a config on
-stdin and takes the JSON that it prints last. Interleaving (a b c, a b c, ...) spreads the machine's moods over all.
+stdin and takes the JSON that it prints last. Interleaving (a b c, c b a, ...) spreads the machine's moods over all.
 """
 
 from __future__ import annotations

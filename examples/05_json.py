@@ -12,20 +12,22 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", default=builtin_model())
 args = parser.parse_args()
 
-PERSON = {
+ANSWER = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}, "happy": {"type": "boolean"}},
-    "required": ["name", "age", "happy"],
+    "properties": {
+        "answer": {"type": "string", "pattern": "^Your name is [A-Z][a-z]{2,9}\\.$"},
+        "sure": {"type": "boolean"},
+    },
+    "required": ["answer", "sure"],
 }
 
 with ContextManager.load(args.model) as cm:
     engine, chat = Engine(cm), Session("You remember what you are told.")
     engine.chat(chat, "My name is Marelo.", temperature=0)
 
-    reply = engine.chat(chat, "What is my name?", json_schema=PERSON, max_tokens=80, temperature=0)
-    person = json.loads(reply.text)
-    print(f"by a schema : {person}  ({', '.join(type(v).__name__ for v in person.values())})")
+    reply = engine.chat(chat, "What is my name?", json_schema=ANSWER, temperature=0)
+    answer = json.loads(reply.text)
+    print(f"by a schema : {answer['answer']} sure: {answer['sure']}")
 
-    del chat.messages[-2:]  # the question again, now as one of two words
-    reply = engine.chat(chat, "Is my name Marelo?", grammar='root ::= "yes" | "no"', temperature=0)
-    print(f"by a grammar: {reply.text} ({reply.stop_reason}, {reply.n_reused} tokens reused)")
+    reply = engine.chat(chat, "What is my name?", grammar='root ::= "yes" | "no"', temperature=0)
+    print(f"by a grammar: {reply.text} ({reply.n_reused} tokens of the prompt reused)")

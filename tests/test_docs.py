@@ -23,8 +23,10 @@ def run(*args: str, stdin: str | None = None) -> str:
 
 
 def test_the_readme_runs_as_it_stands() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    out = run("-c", block)
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert "Nice to meet you, Marelo. {'prompt_tokens': " in run("-c", second)
+    out = run("-c", first)
+    assert re.search(r"\{'happy': (True|False)\}", out)
     assert "Nice to meet you, Marelo." in out
     assert "Your name is Marelo." in out
     assert "reused" in out
@@ -36,6 +38,10 @@ SAID = {
     "02_two_sessions": ["Your dog is called Telmi.", "Your dog is called Orwas.", "The password is velora."],
     "03_fork": ["You have not told me what your horse is called.", "Your horse is called Bemor.", "called Mirto."],
     "04_own_sampling_loop": ["The key is in Tamoli."],
+    "05_json": ["by a schema : Your name is Marelo. sure: ", "by a grammar: "],
+    "06_wrap_existing_llama": ["Your name is Anelda.", "Your name is Borvin.", "Your cat is called Sulan.", "cached"],
+    "07_tools": ["print{", "*** Your name is Marelo. ***", "'assistant', 'tool']", "\nYour name is Marelo."],
+    "08_thinking": ["thinking 'You'", "content  'Your'", "'reasoning_content': ", "Your name is Marelo."],
 }
 
 

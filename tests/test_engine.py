@@ -881,3 +881,17 @@ def test_a_session_released_by_its_death_under_a_stream_is_kept_by_it(cm: Contex
     gc.collect()
     cm.check_integrity()
     assert cm.stats().slots_free == 4
+
+
+def test_a_session_that_is_dropped_after_a_chat_gives_its_slot_back_at_once(engine: Engine, cm: ContextManager) -> None:
+    """Nothing of a reply holds on to it in a cycle that only a garbage collection would break."""
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3 * cm.slots.capacity):
+            session = Session()
+            list(engine.stream(session, "Who?", max_tokens=2))
+            engine.chat(session, "And?", max_tokens=2, grammar="root ::= [a-z]+")
+            del session
+    finally:
+        gc.enable()

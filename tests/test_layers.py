@@ -21,8 +21,9 @@ errors types options generation_options
 report session
 kv kv.row kv.slots kv.plan kv.radix kv.arena kv.eviction
 memo marks spans stretches text_stream json_scan reply_format call_reader reply_parser writing tokenizing render
-llama llama.log llama.memory llama.batch llama.deep_stack llama.grammar llama.vocab llama.template llama.model
-llama.sampler llama.context llama.snapshot
+gbnf_rules gbnf_text gbnf_readings gbnf json_schema
+llama llama.log llama.memory llama.batch llama.deep_stack llama.vocab llama.template llama.grammar llama.schema
+llama.model llama.sampler llama.context llama.snapshot
 kv.store kv.prefix kv.snapshot
 reply speech
 loading hooks seats prompts pending planner preparing stepper integrity overview entry

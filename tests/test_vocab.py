@@ -32,7 +32,7 @@ import llama_cpp
 import numpy as np
 from models import model_path
 from templates import PlainVocab
-from llama_sessions.llama import log, vocab as module
+from llama_sessions.llama import deep_stack, log, vocab as module
 from llama_sessions.llama.vocab import LlamaVocab
 
 log.install()
@@ -125,7 +125,7 @@ print(np.array_equal(tokens, np.tile(plain.tokenize(line, special=False), n)))
 def test_the_longest_run_of_one_call_needs_a_quarter_of_the_stack_at_most() -> None:
     printed = run(
         """
-module._STACK_BYTES //= 4
+deep_stack.STACK_BYTES //= 4
 for pre in sys.argv[1:]:
     ours, plain = load(pre)
     for name in ("letter", "dot", "cjk", "space"):
@@ -140,7 +140,7 @@ print("done")
 def test_what_is_tokenised_on_the_callers_stack_needs_less_than_96_kib() -> None:
     printed = run(
         """
-module._on_a_deep_stack = None  # a call of it would fail
+module.on_a_deep_stack = None  # a call of it would fail
 for pre in sys.argv[1:]:
     ours, plain = load(pre)
     for char in CLASSES.values():
@@ -252,13 +252,13 @@ def recursive() -> Iterator[LlamaVocab]:
 
 def count_deep_stacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
-    original = vocab_module._on_a_deep_stack
+    original = vocab_module.on_a_deep_stack
 
-    def counted(work: Callable[[], object]) -> object:
+    def counted(work: Callable[[], object], needed_for: str) -> object:
         made.append(1)
-        return original(work)
+        return original(work, needed_for)
 
-    monkeypatch.setattr(vocab_module, "_on_a_deep_stack", counted)
+    monkeypatch.setattr(vocab_module, "on_a_deep_stack", counted)
     return made
 
 
@@ -301,7 +301,7 @@ def test_an_error_on_the_deep_stack_is_the_callers() -> None:
         raise KeyError("this one")
 
     with pytest.raises(KeyError, match="this one"):
-        vocab_module._on_a_deep_stack(fails)
+        vocab_module.on_a_deep_stack(fails, "this test needs")
 
 
 @pytest.mark.parametrize("deep", [False, True])

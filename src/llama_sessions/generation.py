@@ -12,8 +12,8 @@ from contextlib import suppress
 
 from .errors import OptionError, StateError
 from .generation_options import GenerationOptions
-from .llama.grammar import gbnf_of_schema
 from .llama.sampler import Sampler
+from .llama.schema import gbnf_of_schema
 from .manager import ContextManager
 from .options import checked_text
 from .pending import NextToken, Pending, PromptChunk, Work
@@ -45,7 +45,7 @@ class Generation:
         """`holder`: who holds the session meanwhile, and steps it; None: the generation itself."""
         _check_question(message_list(session), text, options)
         self.session = session
-        self.holder = self if holder is None else holder
+        self._holder = holder
         self.reply: Reply | None = None
         self._cm = cm
         self._text = text
@@ -62,6 +62,11 @@ class Generation:
         self._pending: Pending | None = None
         self._started = 0.0
         self._first_token_s = 0.0
+
+    @property
+    def holder(self) -> object:
+        """Who holds the session and may step it."""
+        return self if self._holder is None else self._holder  # not kept: it would be a cycle
 
     @property
     def pending(self) -> Pending | None:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import OptionError
 from .llama import log
 from .llama.context import LlamaContext
+from .llama.grammar import Grammars
 from .llama.model import Model
 from .options import LoadOptions, checked_text
-from .types import Context, Formatter, Message, Vocab
+from .types import Constraint, Context, Formatter, Message, Vocab
 
 
 def _nothing() -> None:
@@ -20,6 +22,10 @@ def _nothing() -> None:
 
 def _never() -> bool:
     return False
+
+
+def _no_grammar(gbnf: str) -> Constraint:
+    raise OptionError("there are no grammars without llama.cpp's own vocabulary")
 
 
 class Untemplated:
@@ -31,13 +37,15 @@ class Untemplated:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A context and what belongs to it; `close` frees what is ours. `is_gone`: somebody else freed the weights."""
+    """A context and what belongs to it; `close` frees what is ours. `is_gone`: somebody else freed the weights.
+    `grammar` compiles GBNF for one reply."""
 
     context: Context
     vocab: Vocab
     formatter: Formatter
     close: Callable[[], None] = _nothing
     is_gone: Callable[[], bool] = _never
+    grammar: Callable[[str], Constraint] = _no_grammar
 
 
 def load_parts(path: str | os.PathLike[str], options: LoadOptions, chat_template: str | None, *, quiet: bool) -> Parts:
@@ -67,7 +75,7 @@ def _parts_over(model: Model, options: LoadOptions, chat_template: str | None) -
         context.close()
         model.close()
 
-    return Parts(context, vocab, template, close, lambda: model.is_gone)
+    return Parts(context, vocab, template, close, lambda: model.is_gone, Grammars(vocab).new)
 
 
 def adopt_parts(ctx: Any, vocab: Any, chat_template: str | None) -> Parts:
@@ -76,4 +84,5 @@ def adopt_parts(ctx: Any, vocab: Any, chat_template: str | None) -> Parts:
         checked_text("chat_template", chat_template)
     context = LlamaContext.adopt(ctx, vocab)
     words = context.model.vocab()
-    return Parts(context, words, context.model.template(words, chat_template), words.close)
+    template = context.model.template(words, chat_template)
+    return Parts(context, words, template, words.close, grammar=Grammars(words).new)

@@ -157,7 +157,7 @@ class ContextManager:
     def grammar(self, gbnf: str) -> Constraint:
         """`gbnf` compiled for this vocabulary, for one reply. OptionError says where it is wrong."""
         with self._entry.reading():
-            return self._parts.vocab.grammar(gbnf)
+            return self._parts.grammar(gbnf)
 
     # -- hooks and the system prompt
 
@@ -197,8 +197,8 @@ class ContextManager:
         """`prepare` without the decoding: render, plan, cut and share. `step` decodes the rest, chunk by chunk.
 
         `continue_last`: the prompt ends within the last message, which is the assistant's, instead of with a reply
-        header. Nothing is touched before the plan is whole. Raises ContextOverflow (the session is too long), NoFreeSlot,
-        CapacityError (cells), TemplateError, OptionError; the row is then as before.
+        header. Nothing is touched before the plan is whole. Raises ContextOverflow (the session is too long),
+        NoFreeSlot, CapacityError (cells), TemplateError, OptionError; the row is then as before.
         """
         conversation = self._asked(session, holder, continue_last=continue_last)
         with self._entry.gate(), self._entry.change:

@@ -29,7 +29,7 @@ class Overview:
         self.publish()
 
     def publish(self) -> None:
-        """Take stock now; under the manager's lock. Called after every change: numbers only, made readable when asked."""
+        """Take stock now, after a change, under the manager's lock: numbers only, made readable when asked."""
         store = self.store
         self._counts = (
             self.slots.n_free,

@@ -30,7 +30,7 @@ class Preparer:
         self.seconds = 0.0
 
     def begin(self, session: Session, conversation: Conversation, holder: object | None) -> Pending:
-        """Nothing is touched before the plan is whole. The session then has a seat, and its row holds what is reused."""
+        """Nothing is touched before the plan is whole. Then the session has a seat, and its row what is reused."""
         started = time.perf_counter()
         seat = self._seats.get(session, holder)
         rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered)

@@ -90,9 +90,9 @@ class Renderer:
     ) -> Rendered:
         """The prompt for `messages`. `replies`: what is known beside each message (`Session.replies`).
 
-        `continue_last`: it ends within the last message instead of with a reply header. `last`: an earlier prompt of this renderer; the stretches that both begin with are taken from it, so that a
-        turn costs what is new in it (and the template). Raises OptionError for a message that is none, TemplateError
-        where the template fails.
+        `continue_last`: it ends within the last message instead of with a reply header. `last`: an earlier prompt of
+        this renderer; the stretches that both begin with are taken from it, so that a turn costs what is new in it
+        (and the template). Raises OptionError for a message that is none, TemplateError where the template fails.
         """
         for i, message in enumerate(messages):
             check_message(message, f"message {i}")

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import OptionError
 from .loading import Parts
-from .types import Capabilities, Constraint, FloatArray, MemoryKind, Message, Run, TokenArray
+from .types import Capabilities, FloatArray, MemoryKind, Message, Run, TokenArray
 
 _CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _N_VOCAB = 256 + len(_CONTROL)
@@ -237,9 +236,6 @@ class FakeVocab:
 
     def is_eog(self, token: int) -> bool:
         return token > 256
-
-    def grammar(self, gbnf: str) -> Constraint:
-        raise OptionError("there are no grammars without llama.cpp; use a model")
 
 
 class FakeFormatter:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -14,9 +15,7 @@ import numpy as np
 from ..errors import NativeError, OptionError, StateError
 from ..options import checked_int, checked_text
 from ..types import TokenArray
-from .grammar import Grammar
-
-T = TypeVar("T")
+from .deep_stack import on_a_deep_stack
 
 _UNKNOWN, _CONTROL, _LSTRIP, _RSTRIP = 1 << 0, 1 << 3, 1 << 7, 1 << 8  # llama_token_attr
 _BPE = 2  # LLAMA_VOCAB_TYPE_BPE
@@ -41,50 +40,11 @@ _SPLIT_BY_HAND = frozenset(
 # Its stack: 325 bytes a character of a run, whichever pre-tokenizer and class (measured; 380 characters kill a thread
 # of 128 KiB, which is musl's default).
 _SHALLOW = 128  # characters that any stack survives
-_STACK_BYTES = 512 * 2**20  # reserved, not touched, for the thread that tokenises longer stretches
 _DEEPEST = 200_000  # characters of one run, an eighth of what such a stack survives
 _LONG_RUN = re.compile(rf"\S{{{_DEEPEST}}}|\s{{{_DEEPEST}}}")
 _LONG_LINE = re.compile(rf"[^\n]{{{_DEEPEST}}}")
+_NEEDED = "this tokenizer needs for long text"
 _RUNS_OF_WORDS = frozenset(["exaone-moe"])  # words with one space between them are one run there
-
-
-def _on_a_deep_stack(work: Callable[[], T]) -> T:
-    """Run `work` on a thread with a large stack; its result or its exception is ours."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append((work(), None))
-        except BaseException as e:
-            outcome.append((None, e))
-
-    with _stack_size_lock:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            thread = threading.Thread(target=run, name="llama-sessions-tokenize")
-            thread.start()
-        except RuntimeError as e:
-            raise StateError(
-                f"no thread with a stack of {_STACK_BYTES >> 20} MiB can be had, which this tokenizer needs for long "
-                "text; raise the limit on address space"
-            ) from e
-        finally:
-            threading.stack_size(before)
-    interrupt: BaseException | None = None
-    while thread.is_alive():
-        try:
-            thread.join()
-        except BaseException as e:  # noqa: PERF203 - Ctrl-C waits until the thread has let go of the vocabulary
-            interrupt = e
-    if interrupt is not None:
-        raise interrupt
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
-
-
-_stack_size_lock = threading.Lock()  # threading.stack_size is global
 
 
 class LlamaVocab:
@@ -134,6 +94,12 @@ class LlamaVocab:
         with self._using:
             self._handle = None
 
+    @contextmanager
+    def held(self) -> Iterator[Any]:
+        """The `llama_vocab_p`, which is not freed while this is entered. Raises StateError after `close`."""
+        with self._using:
+            yield self._live()
+
     def strips(self, token: int) -> tuple[bool, bool]:
         """Whether a control token swallows white space on its left, on its right."""
         return self._strips.get(token, (False, False))
@@ -146,11 +112,6 @@ class LlamaVocab:
                 ends = bool(llama_cpp.llama_vocab_is_eog(self._live(), self._known(token)))
             self._ends[token] = ends
         return ends
-
-    def grammar(self, gbnf: str) -> Grammar:
-        """A grammar for one reply; see `Grammar`."""
-        with self._using:
-            return Grammar.compiled(self._live(), gbnf)
 
     def piece(self, token: int) -> bytes:
         """The token's bytes in running text, control tokens included; kept after the first call."""
@@ -181,10 +142,10 @@ class LlamaVocab:
         if not self._recursive or len(text) <= _SHALLOW:
             return self._tokenize(data, special)
         if not self._too_deep.search(text):
-            return _on_a_deep_stack(lambda: self._tokenize(data, special))
+            return on_a_deep_stack(lambda: self._tokenize(data, special), _NEEDED)
         # No stack is deep enough: such a run is tokenised in pieces, each within what the stack survives.
         parts = [text[i : i + _DEEPEST].encode() for i in range(0, len(text), _DEEPEST)]
-        pieces = _on_a_deep_stack(lambda: [self._tokenize(part, special) for part in parts])
+        pieces = on_a_deep_stack(lambda: [self._tokenize(part, special) for part in parts], _NEEDED)
         return np.concatenate(pieces)
 
     def _tokenize(self, data: bytes, special: bool) -> TokenArray:

@@ -42,7 +42,8 @@ class _Inside:
     def __enter__(self) -> None:
         self.entry.enter()
         try:
-            self.entry.check()  # somebody may have closed it while this call waited
+            if self.entry.closed:  # somebody closed it while this call waited
+                self.entry.check()
             if self.before is not None:
                 self.before()
         except BaseException:
@@ -70,7 +71,7 @@ class Entry:
         before: Callable[[], None],
         after: Callable[[], None],
         closing: Callable[[], None],
-        is_gone: Callable[[], bool],
+        is_gone: Callable[[], bool] | None,
         *,
         quiet: bool,
     ) -> None:
@@ -102,7 +103,7 @@ class Entry:
             )
         if self.closed:
             raise StateError("the manager is closed; load the model again")
-        if self._is_gone():
+        if self._is_gone is not None and self._is_gone():
             raise StateError("the Llama whose weights this manager uses was closed; close the manager first next time")
 
     def check_may_change(self) -> None:
@@ -121,7 +122,8 @@ class Entry:
         `entry.change` publishes what happened at its end, `entry.use` does not. Two steps, as only a lock's own
         `with` cannot be hit by an interrupt between taking it and knowing so.
         """
-        self.check_may_change()
+        if self._readers or self.closed or self.in_child or self._is_gone is not None:
+            self.check_may_change()
         if self._is_inside():
             raise StateError("the manager is in the middle of a call of this thread (a signal handler?); call it later")
         return self._lock
@@ -150,7 +152,7 @@ class Entry:
         """Close the door, at the end of the call that is under way; nothing if closed already, or in a forked child."""
         if self.in_child or self.closed:
             return
-        if not self._is_gone():
+        if self._is_gone is None or not self._is_gone():
             self.check_may_change()
         if self._is_inside():
             self._close_when_left = True

@@ -71,7 +71,9 @@ class Generation:
     @property
     def pending(self) -> Pending | None:
         """The prompt under way, or None before `start` and once it is decoded."""
-        return self._pending if self._pending is not None and not self._pending.done else None
+        if self._speech.tokens or self._pending is None or self._pending.done:
+            return None
+        return self._pending
 
     @property
     def is_late(self) -> bool:
@@ -105,7 +107,7 @@ class Generation:
     def work(self, n_tokens: int) -> Work | None:
         """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
         pending, tokens = self._begun(), self._speech.tokens
-        if not pending.done:
+        if not tokens and not pending.done:
             return PromptChunk(pending, n_tokens)
         n_decoded = pending.row.n - pending.n_tokens
         return NextToken(self.session, tokens[n_decoded]) if n_decoded < len(tokens) else None

@@ -20,10 +20,6 @@ def _nothing() -> None:
     pass
 
 
-def _never() -> bool:
-    return False
-
-
 def _no_grammar(gbnf: str) -> Constraint:
     raise OptionError("there are no grammars without llama.cpp's own vocabulary")
 
@@ -44,7 +40,7 @@ class Parts:
     vocab: Vocab
     formatter: Formatter
     close: Callable[[], None] = _nothing
-    is_gone: Callable[[], bool] = _never
+    is_gone: Callable[[], bool] | None = None
     grammar: Callable[[str], Constraint] = _no_grammar
 
 
@@ -75,7 +71,8 @@ def _parts_over(model: Model, options: LoadOptions, chat_template: str | None) -
         context.close()
         model.close()
 
-    return Parts(context, vocab, template, close, lambda: model.is_gone, Grammars(vocab).new)
+    is_gone = (lambda: model.is_gone) if model.is_lent else None
+    return Parts(context, vocab, template, close, is_gone, Grammars(vocab).new)
 
 
 def adopt_parts(ctx: Any, vocab: Any, chat_template: str | None) -> Parts:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from .errors import DecodeError, LlamaSessionsError, OptionError, StateError
 from .kv.store import Feed, RowStore, no_cells, no_room
 from .options import checked_int
@@ -18,7 +16,7 @@ from .seats import Seats
 from .session import Session
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Task:
     """A piece of work that goes into the batch."""
 
@@ -104,7 +102,7 @@ class Stepper:
         if row.n < seat.n_prompt:
             raise StateError(f"only {row.n} of the prompt's {seat.n_prompt} tokens are decoded; call prepare first")
         check_length(self._store, row.n + 1, "one token more")
-        return Feed(row, np.array([item.token], np.int32), wants_logits=True)
+        return Feed(row, (item.token,), wants_logits=True)
 
     def _settle(self, task: _Task, code: int, seconds: float) -> StepResult:
         """Book what a decode did for one session."""

@@ -72,9 +72,10 @@ class Stream(Iterator[Chunk]):
             self._cm.ask_progress(pending)
         while (why := self._why_stop()) is None and (work := generation.work(n_batch)) is not None:
             self._cm.step_one(work, holder=generation.holder)
-            if pending is not None:
-                self._cm.ask_progress(pending)
-                pending = generation.pending
+            if pending is None:  # that was the last token: its logits are what is wanted
+                break
+            self._cm.ask_progress(pending)
+            pending = generation.pending
         return why
 
     def _why_stop(self) -> str | None:

@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from .errors import SnapshotError
 from .loading import Parts
-from .types import Capabilities, FloatArray, MemoryKind, Message, Run, TokenArray
+from .types import ByteArray, Capabilities, FloatArray, MemoryKind, Message, Run, TokenArray
 
 _CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+_STATE_HEAD, _STATE_CELL = 8, 16  # bytes of a saved sequence, and of a cell in it
 _N_VOCAB = 256 + len(_CONTROL)
 
 
@@ -153,6 +155,7 @@ class FakeContext:
     codes: deque[int] = field(default_factory=deque)
     n_decoded: int = 0
     closed: bool = False
+    fails_to_load: bool = False
     _logits: dict[int, FloatArray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -209,6 +212,26 @@ class FakeContext:
         if index not in self._logits:
             raise FakeAbort(f"llama_sampler_sample on the NULL logits of batch index {index}")
         return self._logits[index]
+
+    def state_size(self, seq_id: int) -> int:
+        return _STATE_HEAD + _STATE_CELL * len(self.memory.row(seq_id))
+
+    def save_state(self, seq_id: int, out: ByteArray) -> None:
+        """A shift that is pending is not in it: what comes back is wrong, as with llama.cpp."""
+        cells = np.array([(cell.pos, cell.content) for cell in self.memory.row(seq_id)], np.uint64)
+        out[:_STATE_HEAD] = np.array([len(cells)], np.uint64).view(np.uint8)
+        out[_STATE_HEAD:] = cells.reshape(-1).view(np.uint8)
+
+    def load_state(self, seq_id: int, blob: ByteArray) -> None:
+        """Cells of its own for everything; where there are none the sequence is left with a part."""
+        memory = self.memory
+        memory.seq_rm(seq_id)
+        (n,) = blob[:_STATE_HEAD].copy().view(np.uint64).tolist()
+        if self.fails_to_load or len(blob) != _STATE_HEAD + _STATE_CELL * n or not memory.room_for(seq_id, n):
+            memory.cells.append(_Cell(0, {seq_id}, 0))
+            raise SnapshotError("llama_state_seq_set_data_ext", 0, "there is no room, or the blob is damaged")
+        for pos, content in blob[_STATE_HEAD:].copy().view(np.uint64).reshape(n, 2).tolist():
+            memory.cells.append(_Cell(pos, {seq_id}, content))
 
     def close(self) -> None:
         self.closed = True

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 TokenArray: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
+ByteArray: TypeAlias = npt.NDArray[np.uint8]
 Message: TypeAlias = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -79,18 +80,25 @@ class Memory(Protocol):
     def clear(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that makes making one four times as dear, and there is one a token
 class Run:
-    """Consecutive tokens for one sequence in a batch: positions `pos .. pos + len(tokens)`."""
+    """Consecutive tokens for one sequence in a batch: positions `pos .. pos + len(tokens)`.
+
+    `tokens`: an array, or, for a single one, a tuple: numpy costs more than that token's whole bookkeeping.
+    """
 
     seq_id: int
     pos: int
-    tokens: TokenArray
+    tokens: TokenArray | tuple[int]
     wants_logits: bool  # of its last token
 
 
 class Context(Protocol):
-    """A llama.cpp context, or something that behaves like one (`testing.FakeContext`)."""
+    """A llama.cpp context, or something that behaves like one (`testing.FakeContext`).
+
+    `state_size`, `save_state`, `load_state`: the KV of one sequence as bytes; no shift and no copy between streams may
+    be pending.
+    """
 
     @property
     def capabilities(self) -> Capabilities: ...
@@ -100,6 +108,9 @@ class Context(Protocol):
     def last_error(self) -> str: ...
     def decode(self, runs: Sequence[Run]) -> int: ...
     def logits(self, index: int) -> FloatArray: ...
+    def state_size(self, seq_id: int) -> int: ...
+    def save_state(self, seq_id: int, out: ByteArray) -> None: ...
+    def load_state(self, seq_id: int, blob: ByteArray) -> None: ...
     def close(self) -> None: ...
 
 

@@ -25,7 +25,7 @@ class Row:
     `logits`: None, a batch index (still in the context's buffer), or a (n_vocab,) float32 array.
     """
 
-    __slots__ = ("_cells", "_tokens", "logits", "n", "namespace", "seq_id", "suspect")
+    __slots__ = ("_arrays", "logits", "n", "namespace", "seq_id", "suspect")
 
     def __init__(self, seq_id: int, namespace: str | None = None) -> None:
         self.seq_id = seq_id
@@ -33,8 +33,11 @@ class Row:
         self.n = 0
         self.suspect: int | None = None
         self.logits: int | FloatArray | None = None
-        self._tokens = np.empty(256, np.int32)
-        self._cells = np.empty(256, np.int64)
+        self._use(np.empty(256, np.int32), np.empty(256, np.int64))
+
+    def _use(self, tokens: TokenArray, cells: npt.NDArray[np.int64]) -> None:
+        # All at once, also on an interrupt. The views take single values: a token a step costs less than with numpy.
+        self._arrays = tokens, cells, memoryview(tokens), memoryview(cells)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"<Row {self.seq_id}: {self.n} tokens>"
@@ -42,20 +45,31 @@ class Row:
     @property
     def tokens(self) -> TokenArray:
         """(n,) int32 view."""
-        return self._tokens[: self.n]
+        return self._arrays[0][: self.n]
 
     @property
     def cells(self) -> npt.NDArray[np.int64]:
         """(n,) int64 view."""
-        return self._cells[: self.n]
+        return self._arrays[1][: self.n]
 
     def write(self, at: int, tokens: TokenArray, cells: npt.NDArray[np.int64]) -> None:
         """Put content at positions `at ..` without committing it: `n` does not change."""
-        end = at + len(tokens)
-        if end > len(self._tokens):
-            size = max(end, 2 * len(self._tokens))
-            more_tokens = np.concatenate([self._tokens[:at], np.empty(size - at, np.int32)])
-            more_cells = np.concatenate([self._cells[:at], np.empty(size - at, np.int64)])
-            self._tokens, self._cells = more_tokens, more_cells  # both or none, also on an interrupt
-        self._tokens[at:end] = tokens
-        self._cells[at:end] = cells
+        self._grow(at, at + len(tokens))
+        self._arrays[0][at : at + len(tokens)] = tokens
+        self._arrays[1][at : at + len(tokens)] = cells
+
+    def put(self, at: int, token: int, cell: int) -> None:
+        """The same for one position."""
+        self._grow(at, at + 1)
+        self._arrays[2][at] = token
+        self._arrays[3][at] = cell
+
+    def _grow(self, n: int, end: int) -> None:
+        """Room for `end` positions; the first `n` stay."""
+        tokens, cells, _, _ = self._arrays
+        if end > len(tokens):
+            more = max(end, 2 * len(tokens)) - n
+            self._use(
+                np.concatenate([tokens[:n], np.empty(more, np.int32)]),
+                np.concatenate([cells[:n], np.empty(more, np.int64)]),
+            )

@@ -35,12 +35,12 @@ def no_room(n: int) -> CapacityError:
     return CapacityError(message, needed=n, available=0, unit="cells")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, for the same reason as `Run`
 class Feed:
     """Tokens to decode at the end of a row."""
 
     row: Row
-    tokens: TokenArray
+    tokens: TokenArray | tuple[int]
     wants_logits: bool
 
 
@@ -206,7 +206,10 @@ class RowStore:
             row, n = feed.row, len(feed.tokens)
             row.logits = None
             row.suspect = row.n
-            row.write(row.n, feed.tokens, np.arange(self._next_cell, self._next_cell + n))
+            if isinstance(feed.tokens, tuple):
+                row.put(row.n, feed.tokens[0], self._next_cell)
+            else:
+                row.write(row.n, feed.tokens, np.arange(self._next_cell, self._next_cell + n))
             self._next_cell += n
             n_total += n
             runs.append(Run(row.seq_id, row.n, feed.tokens, feed.wants_logits))

@@ -26,6 +26,7 @@ REQUIRED = (
     "llama_sampler_chain_init", "llama_sampler_free", "llama_sampler_init_dist", "llama_sampler_init_greedy",
     "llama_sampler_clone", "llama_sampler_init_grammar", "llama_sampler_init_logit_bias", "llama_sampler_init_min_p",
     "llama_sampler_init_penalties", "llama_sampler_init_temp", "llama_sampler_init_top_k", "llama_sampler_init_top_p",
+    "llama_state_seq_get_data_ext", "llama_state_seq_get_size_ext", "llama_state_seq_set_data_ext",
     "llama_supports_gpu_offload", "llama_token_data", "llama_token_data_array", "llama_token_to_piece",
     "llama_tokenize", "llama_vocab_bos", "llama_vocab_eos", "llama_vocab_get_add_bos", "llama_vocab_get_attr",
     "llama_vocab_get_text", "llama_vocab_is_eog", "llama_vocab_n_tokens", "llama_vocab_type",

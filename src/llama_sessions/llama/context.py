@@ -12,17 +12,19 @@ import llama_cpp
 import numpy as np
 
 from ..errors import ModelError, OptionError, StateError
-from ..options import LoadOptions
-from ..types import Capabilities, FloatArray, MemoryKind, Run
+from ..options import LoadOptions, checked_int
+from ..types import ByteArray, Capabilities, FloatArray, MemoryKind, Run
 from . import log
 from .batch import Batch
 from .memory import LlamaMemory
 from .model import Model
+from .snapshot import load_state, save_state, state_size
 
 # Types llama.cpp takes for K and V, with bytes a value: f32 f16 q4_0 q4_1 q5_0 q5_1 q8_0 iq4_nl bf16.
 KV_TYPES = {0: 4.0, 1: 2.0, 2: 18 / 32, 3: 20 / 32, 6: 22 / 32, 7: 24 / 32, 8: 34 / 32, 20: 18 / 32, 30: 2.0}
 _F16, _BF16 = 1, 30
 _DEFAULT_CTX = 8192
+_N_VIEWS = 512  # places of the logits buffer that are remembered
 _FIRST_PAGE = 4096  # no address below it is ever valid
 
 
@@ -105,7 +107,8 @@ class LlamaContext:
         self.model = model  # the weights must outlive the context
         self._batch = Batch(capabilities.n_batch)
         self._n_decoded = 0
-        self._vocab_row = ctypes.c_float * capabilities.n_vocab
+        self._vocab_row: Any = ctypes.c_float * capabilities.n_vocab
+        self._views: dict[int, FloatArray] = {}
         pid = os.getpid()
 
         def free(model: Model = model) -> None:  # which keeps the weights until the context is gone
@@ -187,7 +190,8 @@ class LlamaContext:
         if not 0 < n <= caps.n_batch:
             raise OptionError(f"a batch must have 1 to {caps.n_batch} tokens (n_batch), not {n}")
         for run in runs:
-            low, high = (int(run.tokens[0]),) * 2 if len(run.tokens) == 1 else (run.tokens.min(), run.tokens.max())
+            tokens = run.tokens
+            low, high = (tokens[0], tokens[0]) if isinstance(tokens, tuple) else (tokens.min(), tokens.max())
             if low < 0 or high >= caps.n_vocab:
                 raise OptionError(f"token {low if low < 0 else high} is outside the vocabulary of {caps.n_vocab}")
             if not 0 <= run.seq_id < caps.n_seq_max or run.pos < 0:
@@ -209,9 +213,29 @@ class LlamaContext:
             pointer = llama_cpp.llama_get_logits_ith(self.handle, index)
         if not pointer:
             raise StateError(f"no logits were asked for at batch index {index}")
-        # np.ctypeslib.as_array does the same in four times the time, once a token.
-        row: Any = self._vocab_row.from_address(ctypes.addressof(pointer.contents))
-        return np.frombuffer(row, np.float32)
+        # Nearly always the same few places; np.ctypeslib.as_array would make a new array once a token.
+        address = ctypes.addressof(pointer.contents)
+        view = self._views.get(address)
+        if view is None:
+            if len(self._views) >= _N_VIEWS:
+                self._views.clear()
+            view = self._views[address] = np.frombuffer(self._vocab_row.from_address(address), np.float32)
+        return view
+
+    def state_size(self, seq_id: int) -> int:
+        """Bytes of a sequence's KV."""
+        return state_size(self.handle, self._checked_seq(seq_id))
+
+    def save_state(self, seq_id: int, out: ByteArray) -> None:
+        """Write a sequence's KV into `out`, which must be exactly `state_size` long, else SnapshotError."""
+        save_state(self.handle, self._checked_seq(seq_id), out)
+
+    def load_state(self, seq_id: int, blob: ByteArray) -> None:
+        """Replace a sequence by what a blob of this context says. SnapshotError: empty the sequence afterwards."""
+        load_state(self.handle, self._checked_seq(seq_id), blob)
+
+    def _checked_seq(self, seq_id: int) -> int:
+        return checked_int("seq_id", seq_id, 0, self.capabilities.n_seq_max - 1)
 
     def close(self) -> None:
         """Free the context, if it is ours. Again: nothing."""

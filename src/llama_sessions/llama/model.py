@@ -100,6 +100,11 @@ class Model:
         return model
 
     @property
+    def is_lent(self) -> bool:
+        """Whether the weights are a `llama_cpp.Llama`'s."""
+        return self._lender is not None
+
+    @property
     def is_gone(self) -> bool:
         """Whether the weights were lent, and have been freed by their owner."""
         return self._lender is not None and not self._lender.model

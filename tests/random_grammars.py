@@ -19,6 +19,7 @@ _CLASSES = [
     "[]",
     "[^日]",
 ]
+_NOTHING = ('""', "[]", "[^]")
 _NOISE = [*"abc01 \t\n\r()[]{}|*+?.,\"'\\-^#:=<>!_xuU", "é", "日", "::=", "{2,", "{0,3}", "\r\n", "# no\n", "\\x4"]
 
 
@@ -43,13 +44,15 @@ def item(rng: random.Random, names: list[str], depth: int) -> str:
 def alternatives(rng: random.Random, names: list[str], depth: int = 0) -> str:
     def sequence() -> str:
         parts = []
-        for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 4])):
-            bound = rng.randint(0, 4)
-            operator = rng.choice(
-                ["", "", "", "", "*", "+", "?", f"{{{bound}}}", f"{{{bound},}}", f"{{{bound},{bound + 2}}}"]
-            )
-            parts.append(item(rng, names, depth) + operator)
-        return " ".join(parts)
+        for _ in range(rng.choice([0, 1, 1, 1, 1, 2, 2, 2, 3, 4])):
+            what = item(rng, names, depth)
+            bound = rng.randint(0, 3)
+            operators = ["", "", "", "?", f"{{{bound}}}", f"{{{bound},{bound + 2}}}"]
+            if what[0] in '"[.' or rng.random() < 0.1:  # others may be empty, which llama.cpp refuses to repeat
+                operators += ["*", "+", f"{{{bound},}}"]
+            operator = rng.choice(operators)
+            parts.append(what if what in _NOTHING else what + operator)  # there is nothing to repeat
+        return " ".join(parts) or '""'  # a rule of nothing would go on in the next line
 
     return " | ".join(sequence() for _ in range(rng.choice([1, 1, 2, 3])))
 

@@ -121,7 +121,9 @@ BAD = [
     ('root ::= a root "y" | "x"\na ::= b\nb ::= ""', "line 1, column 1", "root -> root"),
     ('root ::= ("x"? "y"*){2} root "z" | "q"', "line 1, column 1", "root -> root"),
     ('root ::= ("" | "x")*', "line 1, column 20", "what is repeated without limit may be empty"),
-    ('root ::= a+\na ::= b? b?\nb ::= "x"', "line 1, column 11", "what is repeated without limit may be empty"),
+    ('root ::= a+\na ::= "" | "x"', "line 1, column 11", "what is repeated without limit may be empty"),
+    ('root ::= "x"**', "line 1, column 14", "what is repeated without limit may be empty"),
+    ('root ::= (a root)*\na ::= "x"?', "line 1, column 1:", "rule 'root' may begin with itself: root -> root"),
     ('root ::= "a" <[5]>', "line 1, column 14", "a token comes after characters"),
     ('root ::= (a b)*\na ::= <[5]> [a-z]*\nb ::= !<[7]>?', "line 1, column 10", "a token comes after characters"),
     ('root ::= ([a-z] <[5]>? | !<[3]>)+', "line 1, column 1:", "a token comes after characters"),
@@ -153,6 +155,8 @@ GOOD = [
     'root ::= "x"{2000}',
     'root ::= "x"{0,2000} ("a" | "b"){1000}',
     'root ::= "a" root | ""',
+    'root ::= a+ "z"\na ::= b? c?\nb ::= "x"\nc ::= "y"',
+    'root ::= (("x"* "y"?) [0-9]?)* "z"',
     'root ::= a "x"\na ::= "b"\na ::= "c"',
     "root ::= <[5]> !<[7]>* <[99999]>",
     'root ::= !<|im_end|>* <|im_end|> "a"+',
@@ -188,7 +192,7 @@ def test_llama_cpp_refuses_what_has_a_syntax_error_here() -> None:
     assert printed.strip() == "[]"
 
 
-@settings(max_examples=4, deadline=None, phases=[Phase.generate])
+@settings(max_examples=3, deadline=None, phases=[Phase.generate])
 @given(st.integers(0, 10**6))
 def test_our_answer_is_llama_cpps_for_random_grammars(seed: int) -> None:
     printed = in_child(
@@ -197,7 +201,7 @@ from random_grammars import grammar
 seed, n_accepted, n_walked = int(sys.argv[1]), 0, 0
 stderr = os.dup(2)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # llama.cpp prints each grammar that it refuses
-for i in range(seed * 1000, seed * 1000 + 250):
+for i in range(seed * 1000, seed * 1000 + 300):
     text = grammar(i)
     os.write(stderr, f"\\rseed {i}".encode())  # the last one is seen if the process dies
     try:
@@ -223,7 +227,7 @@ print(n_accepted, n_walked)
     *wrong, counts = printed.splitlines()
     assert not wrong
     n_accepted, n_walked = map(int, counts.split())
-    assert n_accepted > 50
+    assert n_accepted > 30
     assert n_walked > 500
 
 

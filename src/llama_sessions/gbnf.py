@@ -93,17 +93,24 @@ def _that_match(grammar: Grammar, allowed: tuple[type, ...]) -> list[bool]:
 
 
 def _begins_with(grammar: Grammar, nullable: list[bool]) -> list[list[int]]:
-    """By rule: the rules that its text may begin with, once for each way to them."""
+    """By rule: the rules that its text may begin with, once for each way to them.
+
+    That a repetition comes back to itself behind an empty item is no harm: it is the last of its sequence, so that
+    the stack does not grow. llama.cpp refuses it all the same where the item has an empty alternative itself.
+    """
+    has_empty = [not all(rule.alternatives) for rule in grammar.rules]
     begins: list[list[int]] = []
-    for rule in grammar.rules:
+    for number, rule in enumerate(grammar.rules):
         first: list[int] = []
         for sequence in rule.alternatives:
+            seen_by_llama = True
             for element in sequence:
-                if not isinstance(element, Ref):
+                if not isinstance(element, Ref) or (element.rule == number and rule.loops and not seen_by_llama):
                     break
                 first.append(element.rule)
                 if not nullable[element.rule]:
                     break
+                seen_by_llama = seen_by_llama and has_empty[element.rule]
         begins.append(first)
     return begins
 
@@ -137,10 +144,9 @@ def _from_the_bottom(grammar: Grammar, begins: list[list[int]]) -> list[int]:
 
 def _refuse_circle(grammar: Grammar, circle: list[int]) -> None:
     first = grammar.rules[circle[0]]
-    if any(grammar.rules[number].loops for number in circle):
-        loop = next(grammar.rules[number] for number in circle if grammar.rules[number].loops)
-        what = f"in rule {loop.name!r}, what is repeated without limit may be empty; let it match a character at least"
-        refuse(grammar.text, loop.at, what)
+    if len(circle) == 1 and first.loops:
+        what = f"in rule {first.name!r}, what is repeated without limit may be empty; let it match a character at least"
+        refuse(grammar.text, first.at, what)
     names = [grammar.rules[number].name for number in [*circle, circle[0]]]
     shown = [name for i, name in enumerate(names) if i == 0 or name != names[i - 1]] or names[:1]
     if len(shown) == 1:

@@ -24,7 +24,7 @@ class Batch:
         self._logits = np.zeros(capacity, np.int8)
         # Single values go in through these: less work than numpy's own indexing, once a token.
         arrays: tuple[Any, ...] = (self._token, self._pos, self._seq_id, self._logits)
-        self._one = tuple(map(memoryview, arrays))
+        self._one: Any = [memoryview(array) for array in arrays]
         # One pointer a token, to its single sequence id.
         self._seq_ptr = self._seq_id.ctypes.data + 4 * np.arange(capacity, dtype=np.uintp)
 

@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..gbnf import check_gbnf
 from ..gbnf_rules import Chars
 from ..gbnf_text import read_gbnf
-from ..json_schema import plain_schema, schema_text
+from ..json_schema import MAX_LENGTH, plain_schema, schema_text
 from ..memo import Memo
 
 logger = logging.getLogger("llama_sessions")
@@ -124,7 +124,7 @@ def _plain_pattern(pattern: str) -> str:
     """A pattern in the converter's dialect: its alternatives grouped, its escapes and negated classes made plain."""
     if len(pattern) < 2 or pattern[0] != "^" or pattern[-1] != "$":
         raise ValueError("it must begin with ^ and end with $")
-    inner, found, in_class, i = pattern[1:-1], "", False, 0
+    inner, found, in_class, depth, i = pattern[1:-1], "", False, 0, 0
     while i < len(inner):
         char, following = inner[i], inner[i + 1 : i + 2]
         i += 1
@@ -140,6 +140,12 @@ def _plain_pattern(pattern: str) -> str:
             continue
         if char in "^$" and not in_class:
             raise ValueError(f"{char} stands in the middle of it")
+        if char in "()" and not in_class:
+            depth += 1 if char == "(" else -1
+        if depth < 0:
+            break
+        if char == "{" and not in_class:
+            _check_quantifier(inner[i:].partition("}")[0])
         found += char
         if char == "[" and not in_class:
             in_class = True
@@ -148,4 +154,14 @@ def _plain_pattern(pattern: str) -> str:
                 i += 1
         elif char == "]":
             in_class = False
+    if depth:
+        raise ValueError("its parentheses do not match")
     return f"^({found})$"
+
+
+def _check_quantifier(inside: str) -> None:
+    """Of `{m}`, `{m,}` or `{m,n}`, which the converter writes out."""
+    low, _, high = (part.strip() for part in inside.partition(","))
+    bounds = [int(bound) for bound in (low, high) if bound]  # raises ValueError itself
+    if not bounds or max(bounds) > MAX_LENGTH or bounds[0] > bounds[-1]:
+        raise ValueError(f"{{{inside}}} is out of order, or above {MAX_LENGTH}")

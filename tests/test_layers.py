@@ -19,7 +19,8 @@ ROOT = Path(llama_sessions.__file__).parent
 LAYERS = """
 errors types options
 report session
-kv kv.row kv.slots kv.plan kv.radix kv.arena kv.eviction
+kv kv.row kv.slots kv.plan
+kv.policy kv.node kv.leaves kv.radix kv.arena kv.blobs kv.blob_store kv.cache kv.eviction
 memo marks spans stretches text_stream writing tokenizing render
 llama llama.log llama.memory llama.batch llama.vocab llama.template llama.grammar llama.model llama.sampler
 llama.context llama.snapshot

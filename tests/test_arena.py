@@ -15,6 +15,8 @@ from interrupting import interrupted_everywhere
 from llama_sessions import OptionError, StateError
 from llama_sessions.kv.arena import Arena, Extent
 
+ArenaAndExtents = tuple[Arena, list[Extent]]
+
 
 def take(arena: Arena, n: int, fill: int | None = None) -> Extent:
     extent = arena.allocate(n)
@@ -335,16 +337,14 @@ def test_the_arena_behaves_as_a_list_of_bytes() -> None:
 
 @pytest.mark.parametrize("deed", ["allocate", "free", "split", "rewrite", "compact"])
 def test_an_interrupt_never_gives_a_byte_to_two(deed: str) -> None:
-    Things = tuple[Arena, list[Extent]]
-
-    def start() -> Things:
+    def start() -> ArenaAndExtents:
         arena = Arena(40)
         extents = [take(arena, 5, i) for i in range(8)]
         for i in (0, 3, 4, 6):
             arena.free(extents[i])
         return arena, [extents[i] for i in (1, 2, 5, 7)]
 
-    def act(things: Things) -> None:
+    def act(things: ArenaAndExtents) -> None:
         arena, extents = things
         if deed == "allocate":
             arena.allocate(4)
@@ -357,7 +357,7 @@ def test_an_interrupt_never_gives_a_byte_to_two(deed: str) -> None:
         else:
             arena.compact(15)
 
-    def check(things: Things) -> None:
+    def check(things: ArenaAndExtents) -> None:
         arena, extents = things
         claimed = [extent for extent in extents if extent is not arena.torn]
         assert len(claimed) >= 3

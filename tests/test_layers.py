@@ -19,11 +19,12 @@ ROOT = Path(llama_sessions.__file__).parent
 LAYERS = """
 errors types options generation_options
 report session
-kv kv.row kv.slots kv.plan kv.radix kv.arena kv.eviction
+kv kv.row kv.slots kv.plan
+kv.policy kv.node kv.leaves kv.radix kv.arena kv.blobs kv.blob_store kv.cache kv.segments kv.eviction
 memo marks spans stretches text_stream json_scan reply_format call_reader reply_parser writing tokenizing render
 gbnf_rules gbnf_text gbnf_readings gbnf json_schema
 llama llama.log llama.memory llama.batch llama.deep_stack llama.vocab llama.template llama.grammar llama.schema
-llama.model llama.sampler llama.context llama.snapshot
+llama.model llama.sampler llama.snapshot llama.context
 kv.store kv.prefix kv.snapshot
 reply speech
 loading hooks seats prompts pending planner preparing stepper integrity overview entry

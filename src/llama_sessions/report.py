@@ -77,12 +77,22 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class RadixStats:
-    """The cache of saved KV; hits and misses are counted in tokens."""
+    """The cache of saved KV; hits and misses are counted in tokens.
+
+    `n_bytes` of `max_bytes` are in use, `n_bytes_private` of them for one session alone. `kind`: "range" (any stretch
+    is saved and used), "row" (whole rows are saved, their first parts used), "state" (whole rows, used whole), "" (no
+    cache).
+    """
 
     n_hit_tokens: int = 0
     n_miss_tokens: int = 0
     n_bytes: int = 0
     n_nodes: int = 0
+    n_tokens: int = 0
+    n_tokens_evicted: int = 0
+    n_bytes_private: int = 0
+    max_bytes: int = 0
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,50 @@
+"""A KeyboardInterrupt before each bytecode of the package, one after the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import llama_sessions
+
+T = TypeVar("T")
+ROOT = str(Path(llama_sessions.__file__).parent)
+
+
+def interrupted_everywhere(
+    start: Callable[[], T], act: Callable[[T], object], check: Callable[[T], object], step: int = 1
+) -> int:
+    """`act` on a new `start()` with an interrupt before the k-th bytecode inside the package, for each k there is (or
+    each `step`-th); `check` what is left after each. Returns how many there were."""
+    k = 0
+    while True:
+        thing, left = start(), k
+
+        def local(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal left
+            if event == "opcode":
+                left -= 1
+                if left == -1:
+                    raise KeyboardInterrupt
+            return local
+
+        def trace(frame: FrameType, event: str, arg: Any) -> Any:
+            if not frame.f_code.co_filename.startswith(ROOT):
+                return None
+            frame.f_trace_opcodes = True
+            return local
+
+        sys.settrace(trace)
+        try:
+            act(thing)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        check(thing)
+        if left >= 0:
+            return k // step
+        k += step

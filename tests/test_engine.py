@@ -338,6 +338,7 @@ def test_when_another_session_holds_the_cells_what_was_said_is_kept(load: Loader
     other = Session()
     other.add_user("~" * 150)
     cm.prepare(other)
+    cm.pin(other)
     logits = cm.logits(other).copy()
     session, shown = Session(), ""
     stream = Engine(cm).stream(session, "Who?", logit_bias=only_text(cm))
@@ -761,6 +762,7 @@ def test_a_chat_that_fails_before_its_first_token_takes_its_user_message_back(
     elif failure == "slots":
         keep = Session()
         cm.prepare(keep)
+        cm.pin(keep)
     elif failure == "held":
         session.add_user("First")
         keep = engine.stream(session)

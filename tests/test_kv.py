@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from llama_sessions import Capabilities, MemoryKind, NoFreeSlot, Slots, StateError
-from llama_sessions.kv.plan import Plan, Share, Source, can_be_cut, make_plan
+from llama_sessions.kv.plan import Plan, Share, Source, Wanted, can_be_cut, make_plan
 from llama_sessions.kv.row import Row, common_prefix
 from llama_sessions.types import TokenArray
 
@@ -41,7 +41,8 @@ def plan(
     first_pos: int = 0,
 ) -> Plan:
     row = Source("row", 2, ids(own), first_pos)
-    return make_plan(ids(target), row, others, caps, has_logits=has_logits, wants_logits=wants_logits)
+    wanted = Wanted(ids(target), has_logits=has_logits, wants_logits=wants_logits)
+    return make_plan(wanted, row, others, caps)
 
 
 def prefix(text: str, first_pos: int = 0) -> Source:

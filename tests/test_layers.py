@@ -19,15 +19,16 @@ ROOT = Path(llama_sessions.__file__).parent
 LAYERS = """
 errors types options generation_options
 report session
-kv kv.row kv.slots kv.plan
-kv.policy kv.node kv.leaves kv.radix kv.arena kv.blobs kv.blob_store kv.cache kv.segments kv.eviction
+kv kv.row kv.slots
+kv.policy kv.node kv.leaves kv.radix kv.arena kv.blobs kv.blob_store kv.cache kv.segments
+kv.costs kv.plan kv.sequences kv.eviction
 memo marks spans stretches text_stream json_scan reply_format call_reader reply_parser writing tokenizing render
 gbnf_rules gbnf_text gbnf_readings gbnf json_schema
 llama llama.log llama.memory llama.batch llama.deep_stack llama.vocab llama.template llama.grammar llama.schema
 llama.model llama.sampler llama.snapshot llama.context
 kv.store kv.prefix kv.snapshot
 reply speech
-loading hooks seats prompts pending planner preparing stepper integrity overview entry
+loading hooks prompts seats parking pending planner preparing stepper integrity overview entry
 manager generation stream together tool_loop stateless engine pool
 testing
 __init__

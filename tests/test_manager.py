@@ -77,6 +77,8 @@ def test_a_slot_is_taken_by_the_first_prepare_and_not_before(cm: ContextManager)
 
 def test_where_no_slot_is_free_the_error_says_so_and_nothing_happens(cm: ContextManager) -> None:
     sessions = [prepared(cm, f"{i}?") for i in range(3)]
+    for session in sessions:
+        cm.pin(session)
     before = cm.stats()
     with pytest.raises(NoFreeSlot, match="no free slot: 3 of 3 in use; raise max_sessions, release or park") as e:
         cm.prepare(said("And me?"))
@@ -635,6 +637,7 @@ def test_append_needs_a_prepared_session(cm: ContextManager) -> None:
 def test_append_without_room_leaves_the_row_and_its_logits(load: Loader) -> None:
     cm = load(n_ctx=256, max_sessions=2)
     session, other = prepared(cm, "x"), prepared(cm, "y")
+    cm.pin(other)
     while cm.stats().n_cells_unique < 256:
         cm.append(session, 65)
     n, logits = session.n_past, cm.logits(session).copy()
@@ -943,6 +946,7 @@ def test_a_system_text_without_cells_leaves_the_old_one(load: Loader, model: str
     cm = load(model, n_ctx=256, max_sessions=3)
     n = cm.set_system("Be brief.")
     neighbour = prepared(cm, "~" * 120)
+    cm.pin(neighbour)
     with pytest.raises(CapacityError) as e:
         cm.set_system("Be brief. " + "-" * 120)
     assert not isinstance(e.value, ContextOverflow)
@@ -957,6 +961,7 @@ def test_a_system_text_that_others_share_frees_no_cells_by_going(load: Loader, m
     cm = load(model, n_ctx=256, max_sessions=3)
     n = cm.set_system("Be brief.")
     sharing = prepared(cm, "~" * 80)
+    cm.pin(sharing)
     n_free = 256 - cm.stats().n_cells_unique
     text = "Be brief." + "-" * (n_free - n + 10)  # with the kept beginning it fits, as a whole it does not
     if model == "hybrid":
@@ -1019,7 +1024,8 @@ def test_describe_names_every_row(cm: ContextManager) -> None:
     for part in ("2 of 3 slots in use", "of 1024 cells", "prefix", "team", f"{session.n_past} tokens", "idle"):
         assert part in text
     assert "generating" in text
-    assert len(text.splitlines()) == 5
+    assert text.splitlines()[-1] == "saved: 0 tokens on 0 edges, 0.0 of 512 MiB, by range"
+    assert len(text.splitlines()) == 6
     stream.close()
     assert "generating" not in cm.describe()
     assert other.messages

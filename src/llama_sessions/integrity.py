@@ -9,12 +9,13 @@ import numpy as np
 from .errors import StateError
 from .kv.prefix import Prefix
 from .kv.slots import Slots
+from .kv.snapshot import Snapshots
 from .kv.store import RowStore
 from .seats import Seat
 from .types import MemoryKind
 
 
-def problems(store: RowStore, slots: Slots, prefix: Prefix, seats: Sequence[Seat]) -> list[str]:
+def problems(store: RowStore, slots: Slots, prefix: Prefix, seats: Sequence[Seat], snapshots: Snapshots) -> list[str]:
     """Everything that does not add up, a sentence each."""
     found = []
     seated = [seat.row.seq_id for seat in seats]
@@ -39,13 +40,14 @@ def problems(store: RowStore, slots: Slots, prefix: Prefix, seats: Sequence[Seat
     unique = len(np.unique(np.concatenate(cells))) if cells else 0
     if counted != unique:
         found.append(f"{counted} cells are booked, {unique} are held")
+    found += snapshots.problems()
     if caps.n_cells is not None and unique > caps.n_cells:
         found.append(f"{unique} cells are held of {caps.n_cells}")
     return found
 
 
-def check(store: RowStore, slots: Slots, prefix: Prefix, seats: Sequence[Seat]) -> None:
+def check(store: RowStore, slots: Slots, prefix: Prefix, seats: Sequence[Seat], snapshots: Snapshots) -> None:
     """StateError that names everything that does not add up."""
-    found = problems(store, slots, prefix, seats)
+    found = problems(store, slots, prefix, seats, snapshots)
     if found:
         raise StateError("the accounting does not add up (please report this): " + "; ".join(found))

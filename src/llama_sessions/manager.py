@@ -11,15 +11,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .entry import Entry
-from .errors import Cancelled, OptionError, StateError
+from .errors import Cancelled, CapacityError, OptionError, StateError
 from .hooks import Hooks
 from .integrity import check
 from .kv.prefix import Prefix
 from .kv.slots import Slots
+from .kv.snapshot import Snapshots
 from .kv.store import RowStore
 from .loading import Parts, Untemplated, adopt_parts, borrow_parts, load_parts
 from .options import LoadOptions, ManagerOptions, checked_bool, checked_int, checked_text
 from .overview import Overview
+from .parking import Parking
 from .pending import NextToken, Pending, PromptChunk, Work
 from .planner import check_length
 from .preparing import Preparer
@@ -36,7 +38,7 @@ logger = logging.getLogger("llama_sessions")
 
 T = TypeVar("T")
 
-_LATER = ("on_evict", "sink_fn", "headroom", "n_sink", "eviction", "overflow", "radix", "idle_park_after_s")
+_LATER = ("on_evict", "sink_fn", "headroom", "n_sink", "eviction", "overflow")
 _NO_TOKENS = np.empty(0, np.int32)
 
 
@@ -97,11 +99,13 @@ class ContextManager:
         self.options = options
         self.headroom = options.headroom_for(caps.n_ctx_seq)
         self._parts = parts
-        self._store = RowStore(parts.context)
         n_reserved = min(2, caps.n_seq_max - 1)  # prefix, then scratch
+        self._store = RowStore(parts.context, scratch=1 if n_reserved == 2 else None)
         self.slots = Slots(caps.n_seq_max, n_reserved)
         self.prefix = Prefix(self._store, 0 if n_reserved else None)
-        self._seats = Seats(self._store, self.slots)
+        self._snapshots = Snapshots(self._store, options.radix_options)
+        self._seats = Seats(self._store, self.slots, self._snapshots)
+        self._parking = Parking(self._store, self._seats, self._snapshots, options.idle_park_after_s)
         self._hooks = Hooks()
         renderer = Renderer(
             parts.formatter, parts.vocab, no_think=options.no_think, system_fallback=options.system_fallback
@@ -109,10 +113,14 @@ class ContextManager:
         raw = Renderer(Untemplated(), parts.vocab, trusts_all=True)
         self._prompter = Prompter(renderer, raw, self.prefix, self._hooks, caps.fingerprint)
         self._reply_format = ReplyFormat.of(getattr(parts.formatter, "text", ""))
-        self._preparer = Preparer(self._store, self._seats, self.slots, self.prefix, self._prompter)
-        self._stepper = Stepper(self._store, self._seats)
-        self._overview = Overview(self._store, self.slots, self.prefix, self._seats, self._preparer, options)
-        self._entry = Entry(self._seats.drain, self._overview.publish, self._free, parts.is_gone, quiet=not options.log)
+        self._preparer = Preparer(
+            self._store, self._seats, self.slots, self.prefix, self._prompter, self._snapshots, self._parking
+        )
+        self._stepper = Stepper(self._store, self._seats, self._parking)
+        self._overview = Overview(
+            self._store, self.slots, self.prefix, self._seats, self._preparer, self._parking, self._snapshots, options
+        )
+        self._entry = Entry(self._seats.drain, self._leave, self._free, parts.is_gone, quiet=not options.log)
         for name in _LATER:
             if name in given:
                 logger.info("option %s is accepted and checked; it takes effect in a later version", name)
@@ -176,20 +184,38 @@ class ContextManager:
     def set_system(self, text: str, *, keep_cache: bool = False) -> int:
         """Set the system text of every session that has none of its own; returns its tokens in the prefix slot.
 
-        Decodes what differs from the last one. `""` clears it. Without a prefix slot the text is remembered and 0 is
-        returned. Raises ContextOverflow and CapacityError; the old text then stays.
+        Decodes what differs from the last one. `""` clears it. A change clears the cache of saved KV, unless asked to
+        keep it (then the old prompt goes in, too): it is found by whole runs of tokens, so it never misleads. Without
+        a prefix slot the text is remembered and 0 is returned. Raises ContextOverflow and CapacityError; the old text
+        then stays.
         """
         checked_text("the system text", text)
         checked_bool("keep_cache", keep_cache)
         with self._entry.gate(), self._entry.change:
-            if not text:
-                self.prefix.clear()
-                return 0
-            if not self.prefix.has_slot:
-                return self.prefix.set(text, _NO_TOKENS)
-            tokens = self._prompter.renderer.stem(text)
-            check_length(self._store, len(tokens), "the system prompt")
-            return self.prefix.set(text, tokens)
+            changes = (self.prefix.text or "") != text
+            if changes and keep_cache and self.prefix.row is not None:
+                self._snapshots.keep(self.prefix.row)
+            n = self._encode_system(text)
+            if changes and not keep_cache:
+                self._snapshots.clear()
+            return n
+
+    def _encode_system(self, text: str) -> int:
+        if not text:
+            self.prefix.clear()
+            return 0
+        if not self.prefix.has_slot:
+            return self.prefix.set(text, _NO_TOKENS)
+        tokens = self._prompter.renderer.stem(text)
+        check_length(self._store, len(tokens), "the system prompt")
+        while True:
+            try:
+                return self.prefix.set(text, tokens)
+            except CapacityError as e:
+                free = self._store.n_free_cells() or 0
+                by_our_count = e.unit == "cells" and e.needed > free
+                if not by_our_count or not self._parking.make_cells(free + e.needed - e.available):
+                    raise
 
     # -- prepare: begin, then steps
 
@@ -257,7 +283,25 @@ class ContextManager:
         decoded. Raises OptionError for work that is none: an empty step, a session twice, more than `n_batch` tokens.
         """
         with self._entry.gate(), self._entry.change:
+            work = self._stepper.checked(work)
+            if len(self._parking):
+                for item in work:
+                    if isinstance(item, NextToken):
+                        self._bring_back(item.session, wants_logits=False)
             return self._stepper.step(work, holder)
+
+    def _bring_back(self, session: Session, *, wants_logits: bool) -> None:
+        """Give a parked session its row again; nothing for others. Called under the lock."""
+        seat = self._seats.get(session, reading=True)
+        parked = None if seat is not None else self._parking.get(session)
+        if parked is None:
+            return
+        pending = self._preparer.resume(session, parked, wants_logits=wants_logits)
+        while not pending.done:
+            chunk = PromptChunk(pending, self._store.caps.n_batch)
+            (result,) = self._stepper.step(self._stepper.checked((chunk,)), None).results.values()
+            if result.error is not None:
+                raise result.error
 
     def step_one(self, item: Work, *, holder: object | None = None) -> StepResult:
         """A step of one piece of work; raises its error."""
@@ -276,7 +320,13 @@ class ContextManager:
     # -- reading a row
 
     def logits(self, session: Session) -> FloatArray:
-        """(n_vocab,) float32, read-only: the logits after the row's last token, until *that* row changes."""
+        """(n_vocab,) float32, read-only: the logits after the row's last token, until *that* row changes.
+
+        A parked session gets its row back for this, and its last token is decoded again.
+        """
+        if len(self._parking):
+            with self._entry.gate(), self._entry.change:
+                self._bring_back(session, wants_logits=True)
         with self._entry.reading():
             seat = self._seats.get(session, reading=True)
             if seat is None or seat.row.suspect is not None:
@@ -299,10 +349,12 @@ class ContextManager:
             return read(self._store.logits(seat.row))
 
     def tokens(self, session: Session) -> TokenArray:
-        """(n_past,) int32, read-only copy of the row's token ids, appended ones included."""
+        """(n_past,) int32, read-only copy of the row's token ids, appended ones included; also of a parked session."""
         with self._entry.reading():
-            seat = self._seats.get(session, reading=True)
-            ids: TokenArray = _NO_TOKENS.copy() if seat is None else seat.row.tokens.copy()
+            seat, parked = self._seats.get(session, reading=True), self._parking.get(session)
+            if seat is None:
+                return _NO_TOKENS if parked is None else parked.tokens
+            ids: TokenArray = seat.row.tokens.copy()
         ids.flags.writeable = False
         return ids
 
@@ -314,30 +366,69 @@ class ContextManager:
         The branch has the parent's logits. Raises NoFreeSlot. A session without a row gives a branch without one.
         """
         with self._entry.gate(), self._entry.change:
+            self._bring_back(session, wants_logits=False)
             seat = self._seats.get(session, reading=True)
             twin = session.copy()
             if seat is None:
                 return twin
             self._store.reconcile(seat.row)
-            child = self._seats.take(twin)
+            child = self._parking.take_seat(twin, but=(session,))
             child.row.namespace = seat.row.namespace  # of the cells; the branch's own is looked at when it is prepared
             if seat.row.n and self._store.share(seat.row, child.row, 0, seat.row.n):
                 if seat.row.logits is not None:
                     child.row.logits = self._store.logits(seat.row).copy()
                 twin.n_past = child.n_prompt = child.row.n
+                child.said = seat.said
                 twin.last_prepare = session.last_prepare
             return twin
 
     def release(self, session: Session) -> bool:
-        """Drop the row and give the slot back; False if the session has none. Its messages stay its own."""
+        """Drop the row and give the slot back; False if the session has none. Its messages stay its own.
+
+        What the row held stays in the cache of saved KV, for whoever begins with it.
+        """
+        with self._entry.gate(), self._entry.change:
+            seat = self._seats.get(session)
+            was_parked = self._parking.forget(session)
+            if seat is not None:
+                self._store.reconcile(seat.row)
+                self._snapshots.keep(seat.row)
+                self._seats.leave(session, seat)
+            session.n_past = 0
+            session.forget_appended()
+            return was_parked or seat is not None
+
+    def park(self, session: Session) -> bool:
+        """Save the row's KV and give its slot back; False if the session has none.
+
+        Whatever needs the row next (`prepare`, `append`, `logits`, `fork`) brings it back, into any slot, token for
+        token. With `radix=False` nothing is saved, and it is decoded again. Raises StateError for a session that is
+        generating.
+        """
+        with self._entry.gate(), self._entry.change:
+            seat = self._seats.get(session)
+            if seat is not None:
+                self._parking.park(session, seat)
+            return seat is not None
+
+    def flush(self, session: Session) -> int:
+        """Save what the row holds and the cache does not yet; the row stays. Returns how many tokens were saved."""
         with self._entry.gate(), self._entry.change:
             seat = self._seats.get(session)
             if seat is None:
-                return False
-            self._seats.leave(session, seat)
-            session.n_past = 0
-            session.forget_appended()
-            return True
+                return 0
+            self._store.reconcile(seat.row)
+            return self._snapshots.keep(seat.row)
+
+    def pin(self, session: Session, on: bool = True) -> None:
+        """Never park a session by itself; `on=False`: do so again."""
+        with self._entry.gate(), self._entry.change:
+            self._seats.get(session, reading=True)
+            self._parking.pin(session, checked_bool("on", on))
+
+    def is_pinned(self, session: Session) -> bool:
+        """Whether a session is never parked by itself."""
+        return self._parking.is_pinned(session)
 
     def make_room(self, session: Session, n_needed: int) -> int:
         """Tokens taken out of the row to make room: none yet, so 0. OptionError for a negative `n_needed`."""
@@ -347,9 +438,9 @@ class ContextManager:
             return 0
 
     def clear_radix(self) -> None:
-        """Forget saved KV. Nothing is saved yet."""
+        """Forget saved KV, but for what one parked session alone owns."""
         with self._entry.gate(), self._entry.change:
-            pass
+            self._snapshots.clear()
 
     def hold(self, session: Session, holder: object) -> None:
         """Only `holder` may change the session's row until `let_go`. For engines and pools."""
@@ -372,9 +463,13 @@ class ContextManager:
         return self._overview.published
 
     def describe(self) -> str:
-        """A printable map: slots, cells, and a line for each row. Never waits for a decode."""
+        """A printable map: slots, cells, a line for each row, and the cache. Never waits for a decode: the edges of the
+        cache are left out while one is under way."""
         self._entry.check()
-        return self._overview.describe()
+        if not self._entry.is_free:
+            return self._overview.describe(tree=False)
+        with self._entry.reading():
+            return self._overview.describe(tree=True)
 
     def check_integrity(self) -> None:
         """Prove that rows, slots, cells and llama.cpp's own positions agree; StateError says what does not."""
@@ -382,12 +477,19 @@ class ContextManager:
             self._seats.reclaim()
             for row in list(self._store.rows.values()):
                 self._store.reconcile(row)
-            check(self._store, self.slots, self.prefix, self._seats.seats())
+            self._store.sequences.clear_scratch()
+            check(self._store, self.slots, self.prefix, self._seats.seats(), self._snapshots)
 
     def close(self) -> None:
         """Free what is ours: context and model of `load`. Sessions keep their messages. Again: nothing."""
         self._entry.close()
 
+    def _leave(self) -> None:
+        """At the end of each call that may have changed something."""
+        self._parking.sweep()
+        self._overview.publish()
+
     def _free(self) -> None:
+        self._parking.disown()
         self._seats.disown()
         self._parts.close()

@@ -130,6 +130,13 @@ class ManagerOptions:
     def build(cls, options: Mapping[str, Any]) -> ManagerOptions:
         return build_options(cls, "option", options)
 
+    @property
+    def radix_options(self) -> RadixOptions | None:
+        """How saved KV is kept; None: not at all."""
+        if isinstance(self.radix, RadixOptions):
+            return self.radix
+        return RadixOptions() if self.radix else None
+
     def headroom_for(self, n_ctx_seq: int) -> int:
         """Tokens kept free for the reply."""
         if self.headroom is None:

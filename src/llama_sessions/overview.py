@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 
 from .kv.prefix import Prefix
 from .kv.slots import Slots
+from .kv.snapshot import Snapshots
 from .kv.store import RowStore
 from .options import ManagerOptions
+from .parking import Parking
 from .preparing import Preparer
 from .report import Stats
 from .seats import Seats
+
+_MOST_EDGES = 40  # that are shown of the cache
 
 
 @dataclass(slots=True)
@@ -22,6 +26,8 @@ class Overview:
     prefix: Prefix
     seats: Seats
     preparer: Preparer
+    parking: Parking
+    snapshots: Snapshots
     options: ManagerOptions
     _counts: tuple[int | float, ...] = field(init=False)
 
@@ -35,23 +41,34 @@ class Overview:
             self.slots.n_free,
             self.prefix.n_tokens,
             len(self.seats),
+            len(self.parking),
             store.n_used_cells(),
             store.n_unique_cells(),
-            store.n_operations,
+            store.sequences.n_operations,
             store.n_decodes,
             store.n_tokens_decoded,
             self.preparer.n_tokens_reused,
             store.decode_seconds,
-            store.operation_seconds,
+            store.sequences.seconds,
             self.preparer.seconds,
         )
 
     @property
     def published(self) -> Stats:
         """The last stock taken; never waits."""
-        n_free, n_prefix, n_sessions, n_used, n_unique, n_operations, n_decodes, n_decoded, n_reused, *seconds = (
-            self._counts
-        )
+        (
+            n_free,
+            n_prefix,
+            n_sessions,
+            n_parked,
+            n_used,
+            n_unique,
+            n_operations,
+            n_decodes,
+            n_decoded,
+            n_reused,
+            *seconds,
+        ) = self._counts
         options = self.options
         return Stats(
             slots_total=self.slots.capacity,
@@ -60,7 +77,9 @@ class Overview:
             prefix_cached=n_prefix > 0,
             n_sink=options.n_sink,
             eviction=options.eviction if isinstance(options.eviction, str) else "custom",
+            radix=self.snapshots.stats,
             n_sessions=int(n_sessions),
+            n_parked=int(n_parked),
             n_cells_total=self.store.caps.n_cells,
             n_cells_used=int(n_used),
             n_cells_unique=int(n_unique),
@@ -73,8 +92,8 @@ class Overview:
             prepare_seconds=seconds[2],
         )
 
-    def describe(self) -> str:
-        """Slots and cells, then a line a row."""
+    def describe(self, *, tree: bool) -> str:
+        """Slots and cells, a line a row, and the cache; its `tree` may be read by one thread at a time only."""
         s, caps = self.published, self.store.caps
         cells = "cells, each row its own" if s.n_cells_total is None else f"of {s.n_cells_total} cells"
         lines = [
@@ -85,7 +104,17 @@ class Overview:
             lines.append(f"  prefix     {self.prefix.n_tokens:6d} tokens")
         for session, seat in self.seats.items():
             state = "generating" if self.seats.is_held(session) else "idle"
+            pinned = ", pinned" if self.parking.is_pinned(session) else ""
             space = "" if seat.row.namespace is None else f", namespace {seat.row.namespace!r}"
-            n_messages = len(session.messages)
-            lines.append(f"  slot {seat.row.seq_id:5d} {seat.row.n:6d} tokens, {n_messages} messages, {state}{space}")
+            n = len(session.messages)
+            lines.append(f"  slot {seat.row.seq_id:5d} {seat.row.n:6d} tokens, {n} messages, {state}{pinned}{space}")
+        if s.n_parked:
+            lines.append(f"  {s.n_parked} parked")
+        if s.radix.max_bytes:
+            used = f"{s.radix.n_bytes / 2**20:.1f} of {s.radix.max_bytes / 2**20:.0f} MiB"
+            lines.append(f"saved: {s.radix.n_tokens} tokens on {s.radix.n_nodes} edges, {used}, by {s.radix.kind}")
+            shown = self.snapshots.describe() if tree else []
+            lines += [f"  {line}" for line in shown[:_MOST_EDGES]]
+            if len(shown) > _MOST_EDGES:
+                lines.append(f"  and {len(shown) - _MOST_EDGES} more")
         return "\n".join(lines)

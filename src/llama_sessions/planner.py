@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import ContextOverflow
-from .kv.plan import Plan, Source, make_plan
+from .kv.plan import Cached, Plan, Source, Wanted, make_plan
 from .kv.prefix import Prefix
 from .kv.store import RowStore
 from .seats import Seat, Seats
@@ -20,8 +20,16 @@ class Planner:
         self._seats = seats
         self._prefix = prefix
 
-    def plan(self, seat: Seat | None, namespace: str | None, tokens: TokenArray, *, wants_logits: bool) -> Plan:
-        """Raises ContextOverflow where the prompt is longer than a row can be, CapacityError where cells are short."""
+    def plan(
+        self,
+        seat: Seat | None,
+        namespace: str | None,
+        tokens: TokenArray,
+        *,
+        wants_logits: bool,
+        cached: Cached | None = None,
+    ) -> Plan:
+        """Raises ContextOverflow where the prompt is longer than a row can be."""
         store = self._store
         check_length(store, len(tokens), "the conversation")
         row = None if seat is None else seat.row
@@ -36,9 +44,8 @@ class Planner:
             if live.n and live.suspect is None and live.namespace == namespace
         ]
         has_logits = row is not None and row.logits is not None
-        plan = make_plan(tokens, own, others, store.caps, has_logits=has_logits, wants_logits=wants_logits)
-        store.need_cells(plan.n_decode, row, plan.n_keep)
-        return plan
+        wanted = Wanted(tokens, has_logits=has_logits, wants_logits=wants_logits)
+        return make_plan(wanted, own, others, store.caps, cached=cached, costs=store.sequences.costs)
 
 
 def check_length(store: RowStore, n: int, what: str) -> None:

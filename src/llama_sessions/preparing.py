@@ -1,30 +1,46 @@
-"""From a session to a `Pending`: rendered, planned, cut and shared; what is left to decode is for steps."""
+"""From a session to a `Pending`: rendered, planned, cut, shared and restored; what is left to decode is for steps."""
 
 from __future__ import annotations
 
 import time
 
-from .errors import CapacityError
+from .kv.cache import KvMatch
+from .kv.plan import Plan
 from .kv.prefix import Prefix
 from .kv.slots import Slots
-from .kv.store import RowStore
+from .kv.snapshot import Snapshots
+from .kv.store import RowStore, no_cells
+from .parking import Parked, Parking
 from .pending import Pending
 from .planner import Planner
-from .prompts import Conversation, Prompter
-from .report import Preview
+from .prompts import Conversation, Prompter, Said, said_in
+from .render import Rendered
+from .report import Preview, Stretch
 from .seats import Seat, Seats
 from .session import Session
+from .types import TokenArray
 
 
 class Preparer:
     """Begins prompts; everything here is called under the manager's lock."""
 
-    def __init__(self, store: RowStore, seats: Seats, slots: Slots, prefix: Prefix, prompter: Prompter) -> None:
+    def __init__(
+        self,
+        store: RowStore,
+        seats: Seats,
+        slots: Slots,
+        prefix: Prefix,
+        prompter: Prompter,
+        snapshots: Snapshots,
+        parking: Parking,
+    ) -> None:
         self._store = store
         self._seats = seats
         self._slots = slots
         self._prefix = prefix
         self._prompter = prompter
+        self._snapshots = snapshots
+        self._parking = parking
         self._planner = Planner(store, seats, prefix)
         self.n_tokens_reused = 0
         self.seconds = 0.0
@@ -34,15 +50,39 @@ class Preparer:
         started = time.perf_counter()
         seat = self._seats.get(session, holder)
         rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered)
-        seat = self._true_seat(session, holder)
         wants_logits = not conversation.is_empty
-        plan = self._planner.plan(seat, session.namespace, rendered.tokens, wants_logits=wants_logits)
-        if seat is None:
-            seat = self._seats.take(session)
-        seat.n_begun += 1
-        seat.n_prompt, seat.rendered = len(rendered.tokens), rendered
-        stretches = self._store.apply(seat.row, plan)
+        pending = self._start(session, rendered, wants_logits, said_in(conversation), holder, started)
         session.forget_appended()
+        return pending
+
+    def resume(self, session: Session, parked: Parked, *, wants_logits: bool) -> Pending:
+        """Bring a parked row back, token for token."""
+        started = time.perf_counter()
+        pending = self._start(session, Rendered(parked.tokens), wants_logits, (), None, started)
+        pending.seat.n_prompt = parked.n_prompt
+        return pending
+
+    def _start(
+        self,
+        session: Session,
+        rendered: Rendered,
+        wants_logits: bool,
+        said: Said,
+        holder: object | None,
+        started: float,
+    ) -> Pending:
+        seat = self._true_seat(session, holder)
+        tokens = rendered.tokens
+        match, plan = self._planned(session, seat, tokens, wants_logits)
+        if seat is None:
+            seat = self._parking.take_seat(session, but=(session,))
+            # Whoever was parked for it may have been the source of a share.
+            match, plan = self._planned(session, seat, tokens, wants_logits)
+        self._save_what_is_lost(seat, plan, said)
+        seat.n_begun += 1
+        seat.n_prompt, seat.rendered, seat.said = len(tokens), rendered, said
+        stretches = self._apply(seat, plan, match, tokens)
+        self._parking.forget(session)
         session.n_past = n_reused = seat.row.n
         self.n_tokens_reused += n_reused
         pending = Pending(session, rendered, seat, seat.n_begun, n_reused, wants_logits, stretches, started)
@@ -57,23 +97,74 @@ class Preparer:
             self._store.reconcile(self._prefix.row)
         seat = self._seats.get(session, holder)
         if seat is not None:
+            seat.last_used = time.monotonic()
             self._store.reconcile(seat.row)
             if seat.row.namespace != session.namespace:
+                self._snapshots.keep(seat.row)
                 self._store.cut(seat.row, 0)
                 seat.row.namespace = session.namespace
         return seat
+
+    def _planned(
+        self, session: Session, seat: Seat | None, tokens: TokenArray, wants_logits: bool
+    ) -> tuple[KvMatch, Plan]:
+        """The plan, and what of the cache it counts on. Idle sessions are parked where cells are short."""
+        while True:
+            match = self._snapshots.match(session.namespace, tokens)
+            plan = self._planner.plan(
+                seat, session.namespace, tokens, wants_logits=wants_logits, cached=self._snapshots.cached(match)
+            )
+            row = None if seat is None else seat.row
+            short = self._store.n_short(plan.n_new_cells, row, plan.n_keep)
+            if not short:
+                return match, plan
+            free = self._store.n_free_cells() or 0
+            if not self._parking.make_cells(free + short, but=(session,)):
+                raise no_cells(plan.n_new_cells, plan.n_new_cells - short, self._store.caps)
+
+    def _save_what_is_lost(self, seat: Seat, plan: Plan, said: Said) -> None:
+        """Before a tail is dropped: unless only the template rewrote it, which it would do again."""
+        drops = plan.n_keep < seat.row.n
+        only_grew = said[: len(seat.said)] == seat.said
+        if drops and not only_grew:
+            self._snapshots.keep(seat.row)
+
+    def _apply(self, seat: Seat, plan: Plan, match: KvMatch, tokens: TokenArray) -> list[Stretch]:
+        restore = plan.restore
+        if restore is None:
+            self._snapshots.note_miss(plan.n_decode)
+            return self._store.apply(seat.row, plan)
+        self._snapshots.hold(match)
+        n_restored = 0
+        try:
+            stretches = self._store.apply(seat.row, plan)
+            started = time.perf_counter()
+            if self._snapshots.restore(seat.row, match, tokens, restore.p0, restore.p1):
+                n_restored = restore.p1 - restore.p0
+                stretches.append(Stretch("cache", restore.p0, restore.p1, time.perf_counter() - started))
+        finally:
+            self._snapshots.let_go(match, plan, n_restored)
+        return stretches
 
     def preview(self, session: Session, conversation: Conversation) -> Preview:
         """What `begin` and its steps would do; changes nothing."""
         seat = self._seats.get(session, reading=True)
         tokens = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered).tokens
         usable = seat is not None and seat.row.suspect is None and seat.row.namespace == session.namespace
-        most, n = self._store.caps.n_ctx_seq, len(tokens)
-        try:
-            plan = self._planner.plan(
-                seat if usable else None, session.namespace, tokens, wants_logits=not conversation.is_empty
-            )
-            n_to_decode, fits = plan.n_decode, seat is not None or self._slots.n_free > 0
-        except CapacityError as e:
-            n_to_decode, fits = min(n, e.needed), False
-        return Preview(n_tokens=n, n_to_decode=n_to_decode, fits=fits, n_free=max(0, most - n))
+        most, n = self._store.caps.n_row_max, len(tokens)
+        n_free = max(0, self._store.caps.n_ctx_seq - n)
+        if most is not None and n > most:
+            return Preview(n_tokens=n, n_to_decode=n, fits=False, n_free=n_free)
+        plan = self._planner.plan(
+            seat if usable else None,
+            session.namespace,
+            tokens,
+            wants_logits=not conversation.is_empty,
+            cached=self._snapshots.cached(self._snapshots.match(session.namespace, tokens)),
+        )
+        row = seat.row if seat is not None and usable else None
+        short = self._store.n_short(plan.n_new_cells, row, plan.n_keep)
+        fits = short <= self._parking.n_cells_to_have((session,)) and (
+            seat is not None or self._slots.n_free > 0 or self._parking.can_park((session,))
+        )
+        return Preview(n_tokens=n, n_to_decode=plan.n_decode, fits=fits, n_free=n_free)

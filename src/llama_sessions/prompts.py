@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -48,6 +49,14 @@ class Conversation:
     def is_empty(self) -> bool:
         """Nobody has said anything yet: there is a system text at most."""
         return all(isinstance(m, dict) and m.get("role") == "system" for m in self.messages)
+
+
+Said: TypeAlias = tuple[tuple[Any, Any], ...]
+
+
+def said_in(conversation: Conversation) -> Said:
+    """Roles and contents, to tell whether a conversation only grew."""
+    return tuple((message["role"], message.get("content")) for message in conversation.messages)
 
 
 class Prompter:

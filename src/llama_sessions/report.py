@@ -15,7 +15,7 @@ class Stretch:
     """Where the tokens `[p0, p1)` of a prepared row came from.
 
     `source`: "row" (were there), "prefix" (shared with the system prompt), "live" (shared with another session),
-    "decode" (computed).
+    "cache" (restored from saved KV), "decode" (computed).
     """
 
     source: str
@@ -99,9 +99,9 @@ class RadixStats:
 class Stats:
     """The manager's counters; a snapshot as of the last finished step.
 
-    Slots count sessions only. `n_cells_used` sums the tokens of all rows, `n_cells_unique` counts a shared cell once;
-    `n_cells_total` None: each row has cells of its own (or needs none). Native operations are `llama_memory_seq_*`
-    calls that change something.
+    Slots count sessions only; `n_sessions` have one, `n_parked` gave theirs up. `n_cells_used` sums the tokens of all
+    rows, `n_cells_unique` counts a shared cell once; `n_cells_total` None: each row has cells of its own (or needs
+    none). Native operations are `llama_memory_seq_*` calls that change something.
     """
 
     slots_total: int
@@ -114,6 +114,7 @@ class Stats:
     n_tokens_evicted: int = 0
     radix: RadixStats = field(default_factory=RadixStats)
     n_sessions: int = 0
+    n_parked: int = 0
     n_cells_total: int | None = None
     n_cells_used: int = 0
     n_cells_unique: int = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
@@ -13,10 +15,14 @@ import numpy as np
 from .errors import OptionError, StateError
 from .kv.row import Row
 from .kv.slots import Slots
+from .kv.snapshot import Snapshots
 from .kv.store import RowStore
+from .prompts import Said
 from .render import Rendered
 from .session import Session
 from .types import FloatArray
+
+logger = logging.getLogger("llama_sessions")
 
 # Where a session was seated last; while it has a row there, no other manager takes it.
 _owners: weakref.WeakKeyDictionary[Session, weakref.ref[Seats]] = weakref.WeakKeyDictionary()
@@ -31,14 +37,17 @@ class Seat:
     n_begun: int = 0  # which `begin` is the last one; an older Pending is void
     n_prompt: int = 0  # tokens of the prompt begun last; single tokens come after all of them
     rendered: Rendered | None = None  # that prompt
+    said: Said = ()  # what it was made from
+    last_used: float = field(default_factory=time.monotonic)
     logits: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
 
 
 class Seats:
     """Sessions, their rows, and the slots behind them."""
 
-    def __init__(self, store: RowStore, slots: Slots) -> None:
+    def __init__(self, store: RowStore, slots: Slots, snapshots: Snapshots) -> None:
         self._store = store
+        self._snapshots = snapshots
         self._slots = slots
         self._seats: weakref.WeakKeyDictionary[Session, Seat] = weakref.WeakKeyDictionary()
         self._holders: weakref.WeakKeyDictionary[Session, weakref.ref[object]] = weakref.WeakKeyDictionary()
@@ -128,6 +137,12 @@ class Seats:
     def reclaim(self) -> None:
         """Give back the slots that nobody sits on: of sessions that are gone, or left by an interrupt."""
         for seq_id in self._slots.used() - {seat.row.seq_id for seat in self.seats()}:
+            row = self._store.rows.get(seq_id)
+            if row is not None:
+                try:
+                    self._snapshots.keep(row)
+                except OptionError as e:  # a policy of the user's; whoever is calling did not ask for this
+                    logger.warning("the KV of a session that is gone could not be kept: %s", e)
             self._free(seq_id)
 
     def _free(self, seq_id: int) -> None:

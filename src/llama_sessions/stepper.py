@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from .errors import DecodeError, LlamaSessionsError, OptionError, StateError
 from .kv.store import Feed, RowStore, no_cells, no_room
 from .options import checked_int
+from .parking import Parking
 from .pending import NextToken, Pending, PromptChunk, Work
 from .planner import check_length
 from .report import StepReport, StepResult
@@ -28,15 +29,17 @@ class _Task:
 class Stepper:
     """Admits, decodes, books."""
 
-    def __init__(self, store: RowStore, seats: Seats) -> None:
+    def __init__(self, store: RowStore, seats: Seats, parking: Parking) -> None:
         self._store = store
         self._seats = seats
+        self._parking = parking
 
-    def step(self, work: Iterable[Work], holder: object | None) -> StepReport:
+    def step(self, work: tuple[Work, ...], holder: object | None) -> StepReport:
+        """One decode of checked work. Where cells are short, idle sessions that are not in it are parked."""
         store = self._store
-        work = self._checked(work)
         results: dict[Session, StepResult] = {}
         tasks: list[_Task] = []
+        self._make_cells(work)
         free = store.n_free_cells()
         for item in work:
             session = item.pending.session if isinstance(item, PromptChunk) else item.session
@@ -56,7 +59,15 @@ class Stepper:
             results[task.session] = self._settle(task, code, seconds)
         return StepReport(results, sum(r.n_decoded for r in results.values()), seconds)
 
-    def _checked(self, work: Iterable[Work]) -> tuple[Work, ...]:
+    def _make_cells(self, work: tuple[Work, ...]) -> None:
+        free = self._store.n_free_cells()
+        if free is None or free >= self._store.caps.n_batch:
+            return
+        n = sum(min(i.n_tokens, i.pending.n_left) if isinstance(i, PromptChunk) else 1 for i in work)
+        if n > free:
+            self._parking.make_cells(n, [i.pending.session if isinstance(i, PromptChunk) else i.session for i in work])
+
+    def checked(self, work: Iterable[Work]) -> tuple[Work, ...]:
         """The pieces of work; OptionError for work that is none."""
         try:
             work = tuple(work)
@@ -87,6 +98,7 @@ class Stepper:
         if seat is None:
             raise StateError("the session has no row; call prepare first")
         row = seat.row
+        seat.last_used = time.monotonic()
         self._store.reconcile(row)
         session.n_past = row.n
         if isinstance(item, PromptChunk):

@@ -62,9 +62,13 @@ def branches(
     """`n` replies to one prompt, each in a fork of the session. On an error the session is as before, without forks."""
     user = None if text is None else session.add_user(text)
     forks: list[Session] = []
+    was_pinned = cm.is_pinned(session)
     try:
+        cm.pin(session)  # or one would be parked to make room for the next
         cm.prepare(session)
-        forks.extend(cm.fork(session) for _ in range(n))
+        for _ in range(n):
+            forks.append(cm.fork(session))
+            cm.pin(forks[-1])
         seeds = [options.seed if options.seed is None else (options.seed + i) % (2**32 - 1) for i in range(n)]
         made: list[Generation] = []
 
@@ -83,6 +87,9 @@ def branches(
         if user is not None and session.messages and session.messages[-1] is user:
             session.messages.pop()
         raise
+    finally:
+        for pinned in forks if was_pinned else [session, *forks]:
+            cm.pin(pinned, False)
     return [Branch(fork, reply) for fork, reply in zip(forks, replies, strict=True) if reply is not None]
 
 

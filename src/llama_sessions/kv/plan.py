@@ -1,4 +1,4 @@
-"""Where the tokens of a prompt come from: a pure function from what the rows hold to what to keep, share and decode."""
+"""Where the tokens of a prompt come from: a pure function from what is known to a plan."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..types import Capabilities, MemoryKind, TokenArray
+from .blobs import BlobKind
+from .costs import Costs
 from .row import common_prefix
 
 
@@ -20,6 +22,15 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Cached:
+    """What the cache has of the prompt: its first `n_tokens`. `has_logits`: those after the last of them, too."""
+
+    kind: BlobKind = BlobKind.RANGE
+    n_tokens: int = 0
+    has_logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
     """Take the cells of `[p0, p1)` from the row `seq_id`."""
 
@@ -30,20 +41,38 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class Restore:
+    """Restore `[p0, p1)` from the cache."""
+
+    p0: int
+    p1: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Keep `[0, n_keep)` of the own row, then share, then decode from `n_reused` on to `n_tokens`."""
+    """Keep `[0, n_keep)` of the own row, then share, then restore, then decode from `n_reused` on to `n_tokens`."""
 
     n_tokens: int
     n_keep: int
     share: Share | None = None
+    restore: Restore | None = None
+
+    @property
+    def n_live(self) -> int:
+        """Tokens that need no new cells."""
+        return self.n_keep if self.share is None else self.share.p1
 
     @property
     def n_reused(self) -> int:
-        return self.n_keep if self.share is None else self.share.p1
+        return self.n_live if self.restore is None else self.restore.p1
 
     @property
     def n_decode(self) -> int:
         return self.n_tokens - self.n_reused
+
+    @property
+    def n_new_cells(self) -> int:
+        return self.n_tokens - (0 if self.restore is not None and not self.restore.p0 else self.n_live)
 
 
 def first_seen(n: int, caps: Capabilities) -> int:
@@ -65,36 +94,63 @@ def can_be_cut(source: Source, n: int, caps: Capabilities) -> bool:
     return source.first_pos == 0
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The prompt: `tokens`; `has_logits`: those after the last token of the own row are still known, so that an
+    unchanged row needs no decode; `wants_logits`: otherwise one token is always left to decode."""
+
+    tokens: TokenArray
+    has_logits: bool = False
+    wants_logits: bool = True
+
+
 def make_plan(
-    target: TokenArray,
+    wanted: Wanted,
     own: Source,
     others: Iterable[Source],
     caps: Capabilities,
     *,
-    has_logits: bool,
-    wants_logits: bool = True,
+    cached: Cached | None = None,
+    costs: Costs | None = None,
 ) -> Plan:
-    """The plan that decodes least; the own row before others, the prefix before live rows.
-
-    `has_logits`: the logits after the last token of the own row are still known, so an unchanged row needs no decode.
-    Otherwise one token is always left to decode, if the prompt `wants_logits`.
-    """
+    """The cheapest exact plan: the own row before others, the prefix before live rows, live KV before copies, and no
+    share or restore that costs more than to decode the tokens it brings."""
+    target = wanted.tokens
+    costs = costs or Costs()
     n = len(target)
     n_own = common_prefix(own.tokens, target)
-    if has_logits and n_own == n == len(own.tokens):
+    if wanted.has_logits and n_own == n == len(own.tokens):
         return Plan(n, n)
-    most = max(0, n - 1) if wants_logits else n
+    most = max(0, n - 1) if wanted.wants_logits else n
     n_keep = min(n_own, most)
     if not can_be_cut(own, n_keep, caps):
         n_keep = 0
     best: Share | None = None
     for source in others:
         p1 = min(common_prefix(source.tokens, target), most)
-        if p1 > (n_keep if best is None else best.p1) and can_be_cut(source, p1, caps):
+        n_more = p1 - (n_keep if best is None else best.p1)
+        if n_more > 0 and can_be_cut(source, p1, caps) and costs.is_worth_sharing(p1 - n_keep):
             best = Share(source.name, source.seq_id, 0, p1)
     if best is None:
-        return Plan(n, n_keep)
-    if caps.kind is MemoryKind.FULL and caps.unified:
-        return Plan(n, n_keep, Share(best.name, best.seq_id, n_keep, best.p1))
-    # Streams and states are shared as a whole, and a window must come from one row.
-    return Plan(n, 0, best)
+        plan = Plan(n, n_keep)
+    elif caps.kind is MemoryKind.FULL and caps.unified:
+        plan = Plan(n, n_keep, Share(best.name, best.seq_id, n_keep, best.p1))
+    else:  # streams and states are shared as a whole, and a window must come from one row
+        plan = Plan(n, 0, best)
+    return plan if cached is None else _with_cached(plan, cached, most, caps, costs)
+
+
+def _with_cached(plan: Plan, cached: Cached, most: int, caps: Capabilities, costs: Costs) -> Plan:
+    """The plan, with what the cache has beyond it."""
+    n, p1 = plan.n_tokens, min(cached.n_tokens, most)
+    if cached.n_tokens > most and cached.kind is BlobKind.STATE:
+        if cached.has_logits:
+            p1 = n
+        elif caps.keeps_state:
+            return plan  # its last token cannot be taken off again
+    n_more = p1 - plan.n_live
+    if n_more <= 0 or not costs.is_worth_restoring(n_more):
+        return plan
+    if cached.kind is BlobKind.RANGE:
+        return Plan(n, plan.n_keep, plan.share, Restore(plan.n_live, p1))
+    return Plan(n, 0, None, Restore(0, p1))

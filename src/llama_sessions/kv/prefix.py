@@ -6,7 +6,7 @@ from ..errors import DecodeError
 from ..types import TokenArray
 from .plan import can_be_cut
 from .row import Row, common_prefix
-from .store import Feed, RowStore, no_room
+from .store import Feed, RowStore, no_cells, no_room
 
 
 class Prefix:
@@ -44,7 +44,10 @@ class Prefix:
         n_keep = common_prefix(row.tokens, tokens)
         if not can_be_cut(store.source(row, "prefix"), n_keep, store.caps):
             n_keep = 0
-        store.need_cells(len(tokens) - n_keep, row, n_keep)
+        n_new = len(tokens) - n_keep
+        short = store.n_short(n_new, row, n_keep)
+        if short:
+            raise no_cells(n_new, n_new - short, store.caps)
         store.cut(row, n_keep)
         while row.n < len(tokens):
             part = tokens[row.n : row.n + store.caps.n_batch]

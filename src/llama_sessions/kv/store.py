@@ -6,17 +6,21 @@ row found suspect is reconciled with the live positions before its next use.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import CapacityError, StateError
+from ..errors import CapacityError, SnapshotError, StateError
 from ..report import Stretch
-from ..types import Capabilities, Context, FloatArray, MemoryKind, Run, TokenArray
+from ..types import ByteArray, Capabilities, Context, FloatArray, MemoryKind, Run, TokenArray
 from .plan import Plan, Source, can_be_cut, first_seen
 from .row import Row
+from .sequences import Sequences
+
+logger = logging.getLogger("llama_sessions")
 
 
 def no_cells(needed: int, free: int, caps: Capabilities) -> CapacityError:
@@ -47,18 +51,25 @@ class Feed:
 class RowStore:
     """All rows by `seq_id`, the account of their cells, and counters of native work."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, scratch: int | None = None) -> None:
         self.context = context
         self.caps: Capabilities = context.capabilities
         self.rows: dict[int, Row] = {}
-        self.n_operations = 0
-        self.operation_seconds = 0.0
+        self.sequences = Sequences(context, scratch)
+        self.copies_pending = False  # between streams llama.cpp copies at the next decode: until then no save or load
         self.n_decodes = 0
         self.n_tokens_decoded = 0
         self.decode_seconds = 0.0
         self._next_cell = 0
         self._n_unique: int | None = 0
         self._in_buffer: list[Row] = []  # rows whose logits are still in the context's own buffer
+
+    def forget_counts(self) -> None:
+        """Begin to count anew: what was done so far was a test."""
+        self.n_decodes = self.n_tokens_decoded = 0
+        self.decode_seconds = 0.0
+        self._n_unique = None
+        self.sequences.forget_counts()
 
     # -- asking
 
@@ -79,13 +90,12 @@ class RowStore:
         """Cells that nobody holds; None where rows do not compete for cells."""
         return None if self.caps.n_cells is None else self.caps.n_cells - self.n_unique_cells()
 
-    def need_cells(self, n: int, row: Row | None = None, n_keep: int = 0) -> None:
-        """CapacityError unless `n` cells can be had, once `row` is cut to `n_keep`."""
+    def n_short(self, n: int, row: Row | None = None, n_keep: int = 0) -> int:
+        """Cells that are missing for `n` more, once `row` is cut to `n_keep`; 0 if there are enough."""
         free = self.n_free_cells()
         if free is not None and n > free and row is not None:
             free += self._n_own_cells_beyond(row, n_keep)
-        if free is not None and n > free:
-            raise no_cells(n, free, self.caps)
+        return 0 if free is None else max(0, n - free)
 
     def _n_own_cells_beyond(self, row: Row, n_keep: int) -> int:
         """Cells that cutting `row` to `n_keep` would free: those no other row holds."""
@@ -99,7 +109,7 @@ class RowStore:
         """What `row` offers a plan, with its live first position."""
         first = 0
         if row.n and self.caps.kind is not MemoryKind.FULL:
-            first = self.context.memory.pos_min(row.seq_id) or 0
+            first = self.sequences.first(row.seq_id)
         return Source(name, row.seq_id, row.tokens, first)
 
     def logits(self, row: Row) -> FloatArray:
@@ -112,8 +122,8 @@ class RowStore:
 
     def add(self, seq_id: int, namespace: str | None = None) -> Row:
         """A new, empty row. Whatever cells a lost owner left under the id are dropped."""
-        if self.context.memory.pos_max(seq_id) is not None:
-            self._remove(seq_id, 0)
+        if self.sequences.end(seq_id):
+            self.sequences.remove(seq_id, 0)
         row = self.rows[seq_id] = Row(seq_id, namespace)
         return row
 
@@ -131,9 +141,9 @@ class RowStore:
             n = 0
         self._spoil(row, n)
         row.n = n  # at once: a row never claims a token that an interrupt may find gone
-        if not self._remove(row.seq_id, n) or not self._ends_at(row, n):
+        if not self.sequences.remove(row.seq_id, n) or not self._ends_at(row, n):
             row.suspect = row.n = 0
-            self._remove(row.seq_id, 0)
+            self.sequences.remove(row.seq_id, 0)
         row.suspect = None
         return row.n
 
@@ -141,8 +151,7 @@ class RowStore:
         """Make a suspect row true again: keep what surely held before and after the change that did not finish."""
         if row.suspect is None:
             return
-        end = self.context.memory.pos_max(row.seq_id)
-        row.n = min(row.n, row.suspect, 0 if end is None else end + 1)
+        row.n = min(row.n, row.suspect, self.sequences.end(row.seq_id))
         self.cut(row, 0 if self.caps.keeps_state else row.n)
 
     def apply(self, row: Row, plan: Plan) -> list[Stretch]:
@@ -172,15 +181,13 @@ class RowStore:
         self._spoil(dst, p0)
         dst.n = p0
         whole_only = not self.caps.unified or self.caps.keeps_state
-        started = time.perf_counter()
-        self.n_operations += 1
         if whole_only:
-            self.context.memory.seq_cp(src.seq_id, dst.seq_id)
+            self.sequences.copy(src.seq_id, dst.seq_id)
         else:
-            self.context.memory.seq_cp(src.seq_id, dst.seq_id, p0, p1)
-        self.operation_seconds += time.perf_counter() - started
+            self.sequences.copy(src.seq_id, dst.seq_id, p0, p1)
+        self.copies_pending = not self.caps.unified
         if whole_only and p1 < src.n:
-            self._remove(dst.seq_id, p1)
+            self.sequences.remove(dst.seq_id, p1)
         dst.write(p0, src.tokens[p0:p1], src.cells[p0:p1])
         dst.n = p1
         if not self._ends_at(dst, p1):
@@ -216,9 +223,12 @@ class RowStore:
         n_unique, self._n_unique = self._n_unique, None
         started = time.perf_counter()
         code = self.context.decode(runs)
-        self.decode_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.decode_seconds += seconds
         self.n_decodes += 1
         if code == 0:
+            self.copies_pending = False
+            self.sequences.costs.note_decode(n_total, seconds)
             self.n_tokens_decoded += n_total
             end = 0
             for feed in feeds:
@@ -243,13 +253,37 @@ class RowStore:
     def _keep_what_was_done(self, feed: Feed) -> None:
         """After a compute failure: micro-batches already done stay; a recurrent state is of no use."""
         row = feed.row
-        end = self.context.memory.pos_max(row.seq_id)
-        done = 0 if end is None else end + 1 - row.n
+        done = self.sequences.end(row.seq_id) - row.n
         if self.caps.keeps_state or not 0 <= done <= len(feed.tokens):
             self.cut(row, 0)
         else:
             row.n += done
             row.suspect = None
+
+    def load(self, row: Row, blob: ByteArray, tokens: TokenArray, p0: int, p1: int) -> bool:
+        """Put a blob that holds `tokens[p0:p1]` (and maybe more) at the end of `row`, which ends at `p0`.
+
+        False where llama.cpp has no room, or does not hold afterwards what was expected: the row is then as before, or
+        empty.
+        """
+        started = time.perf_counter()
+        self._spoil(row, p0)
+        try:
+            self.sequences.load(row.seq_id, blob, p0, p1)
+        except SnapshotError as e:
+            logger.warning("saved KV could not be restored and is decoded instead: %s", e)
+            row.n = p0
+            self.cut(row, p0)
+            return False
+        row.write(p0, tokens[p0:p1], np.arange(self._next_cell, self._next_cell + p1 - p0))
+        self._next_cell += p1 - p0
+        row.n = p1
+        if not self._ends_at(row, p1):
+            self.cut(row, 0)
+            return False
+        row.suspect = None
+        self.sequences.costs.note_restore(p1 - p0, time.perf_counter() - started)
+        return True
 
     # -- native
 
@@ -259,18 +293,10 @@ class RowStore:
         row.logits = None
         self._n_unique = None
 
-    def _remove(self, seq_id: int, n: int) -> bool:
-        started = time.perf_counter()
-        self.n_operations += 1
-        done = self.context.memory.seq_rm(seq_id, n or None, None)
-        self.operation_seconds += time.perf_counter() - started
-        return done
-
     def _ends_at(self, row: Row, n: int) -> bool:
         """Whether llama.cpp agrees that the row has `n` tokens, and still holds what the next one will look at."""
-        end = self.context.memory.pos_max(row.seq_id)
-        if end != (n - 1 if n else None):
+        if self.sequences.end(row.seq_id) != n:
             return False
         if self.caps.kind is not MemoryKind.WINDOW or not n:
             return True
-        return (self.context.memory.pos_min(row.seq_id) or 0) <= first_seen(n, self.caps)
+        return self.sequences.first(row.seq_id) <= first_seen(n, self.caps)

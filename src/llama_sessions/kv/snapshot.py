@@ -1,0 +1,240 @@
+"""KV of rows in the cache: kept where it would be lost, restored where a prompt begins with it."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from ..errors import SnapshotError
+from ..options import RadixOptions
+from ..report import RadixStats
+from ..types import ByteArray, Capabilities, MemoryKind, TokenArray
+from .blobs import BlobKind, BlobPart
+from .cache import KvMatch, RadixCache
+from .node import Match
+from .plan import Cached, Plan, first_seen
+from .row import Row
+from .segments import SegmentLayout
+from .store import Feed, RowStore
+
+logger = logging.getLogger("llama_sessions")
+
+_N_PROBED, _CUT = 5, 2  # tokens of the self-test, and where they are cut
+_FLAG = 1  # byte behind a state: whether logits are with it
+
+
+def blob_kind(caps: Capabilities, *, has_scratch: bool) -> BlobKind:
+    """What can be saved of a row of this memory."""
+    if caps.kind is not MemoryKind.FULL:
+        return BlobKind.STATE  # of a window a blob has the end alone, and a state is one
+    return BlobKind.RANGE if caps.unified and has_scratch else BlobKind.ROW
+
+
+class RowSaver:
+    """A `Saver` over one row."""
+
+    def __init__(self, store: RowStore, row: Row, layout: SegmentLayout | None) -> None:
+        self._store = store
+        self._row = row
+        self._layout = layout
+
+    @property
+    def _logits_bytes(self) -> int:
+        if not self._store.caps.keeps_state:
+            return 0
+        return _FLAG + (0 if self._row.logits is None else 4 * self._store.caps.n_vocab)
+
+    def n_bytes(self, p0: int, p1: int) -> int:
+        if self._layout is not None:
+            return self._layout.n_bytes(p1 - p0)
+        return self._store.sequences.size(self._row.seq_id, p0, p1) + self._logits_bytes
+
+    def save(self, p0: int, p1: int, out: ByteArray) -> None:
+        n_logits = self._logits_bytes
+        state = out[: len(out) - n_logits]
+        self._store.sequences.save(self._row.seq_id, p0, p1, state)
+        if self._layout is not None:
+            self._layout.put_in_order(state)
+        if n_logits:
+            # A state cannot lose its last token, so the logits after it have to come back with it.
+            out[-1] = n_logits > _FLAG
+            if n_logits > _FLAG:
+                out[len(state) : -1] = self._store.logits(self._row).view(np.uint8)
+
+
+class Snapshots:
+    """The cache over the rows of one context; with `options` None there is none, and all answers are "nothing"."""
+
+    def __init__(self, store: RowStore, options: RadixOptions | None) -> None:
+        self._store = store
+        self.kind = blob_kind(store.caps, has_scratch=store.sequences.scratch is not None)
+        self._layout = None
+        self._cache: RadixCache | None = None
+        self._joined: ByteArray = np.empty(0, np.uint8)
+        self.stats = RadixStats()
+        """As of the last change; may be read from any thread."""
+        if options is not None:
+            if self.kind is BlobKind.RANGE:
+                self._layout = self._proven_layout()
+            cost = self._seconds if self.kind is BlobKind.RANGE else None
+            self._cache = RadixCache(options, kind=self.kind, cutter=self._layout, cost=cost)
+            self._take_stock()
+
+    def _take_stock(self) -> None:
+        if self._cache is not None:
+            self.stats = self._cache.stats()
+
+    def _seconds(self, p0: int, p1: int) -> float:
+        """What decoding positions `[p0, p1)` costs; a token further back costs a little more."""
+        return float(p1 - p0) * (1.0 + p0 / 32768)
+
+    @property
+    def cuts_ranges(self) -> bool:
+        """Whether blobs are cut and joined in numpy, which a self-test has shown to be right here."""
+        return self._layout is not None
+
+    def describe(self) -> list[str]:
+        return [] if self._cache is None else list(self._cache.describe())
+
+    def problems(self) -> list[str]:
+        return [] if self._cache is None else self._cache.problems()
+
+    def clear(self) -> int:
+        """Forget what is saved, but for what one owner alone has; returns how many tokens went."""
+        n_tokens = 0 if self._cache is None else self._cache.clear()
+        self._take_stock()
+        return n_tokens
+
+    # -- restoring
+
+    def match(self, namespace: str | None, tokens: TokenArray) -> KvMatch:
+        """What is saved of a prompt. Changes nothing."""
+        if self._cache is None or not len(tokens) or self._store.copies_pending:
+            return Match(namespace, 0, (), None)
+        return self._cache.match(namespace, tokens)
+
+    def cached(self, match: KvMatch) -> Cached | None:
+        """The same for a plan."""
+        if self._cache is None or match.node is None:
+            return None
+        has_logits = False
+        if self.kind is BlobKind.STATE and self._store.caps.keeps_state:
+            (part,) = self._cache.read(match)
+            has_logits = bool(part.view[-1])
+        return Cached(self.kind, match.n_tokens, has_logits)
+
+    def hold(self, match: KvMatch) -> None:
+        """Keep what was found until `let_go`."""
+        if self._cache is not None:
+            self._cache.lock(match)
+
+    def let_go(self, match: KvMatch, plan: Plan, n_restored: int) -> None:
+        """End a `hold`; the hits and misses of the prompt are counted."""
+        if self._cache is not None:
+            self._cache.unlock(match)
+            self._count(match, n_restored, plan.n_tokens - plan.n_live - n_restored)
+
+    def note_miss(self, n_tokens: int) -> None:
+        """A prompt for which the cache had nothing of use had so many tokens to decode."""
+        if n_tokens:
+            self._count(Match(None, 0, (), None), 0, n_tokens)
+
+    def _count(self, match: KvMatch, n_hit: int, n_miss: int) -> None:
+        if self._cache is not None:
+            self._cache.touch(match, n_hit=n_hit, n_miss=n_miss)
+            self._take_stock()
+
+    def restore(self, row: Row, match: KvMatch, tokens: TokenArray, p0: int, p1: int) -> bool:
+        """Bring `[p0, p1)` back to a row that ends at `p0`; False: it could not be, and the row ends there still, or
+        is empty."""
+        if self._cache is None or row.n != p0:
+            return False
+        parts = [part for part in self._cache.read(match) if part.p1 > p0 and part.p0 < p1]
+        if self._layout is not None:
+            return self._store.load(row, self._join(parts, p0, p1), tokens, p0, p1)
+        for part in parts:
+            begin, end = max(p0, part.p0), min(p1, part.p1)
+            state = part.view
+            if self._store.caps.keeps_state:
+                n_logits = _FLAG + (4 * self._store.caps.n_vocab if part.view[-1] else 0)
+                state = part.view[: len(part.view) - n_logits]
+            if not self._store.load(row, state, tokens, begin, end):
+                return False
+            if len(part.view) - len(state) > _FLAG:
+                row.logits = part.view[len(state) : -1].copy().view(np.float32)
+        return True
+
+    def _join(self, parts: list[BlobPart], p0: int, p1: int) -> ByteArray:
+        """One blob of exactly `[p0, p1)`."""
+        layout = self._layout
+        if layout is None:
+            raise SnapshotError("join", 0, "blobs of this memory cannot be cut")
+        cuts = [(part.view, max(p0, part.p0) - part.p0, min(p1, part.p1) - part.p0) for part in parts]
+        if len(cuts) == 1 and cuts[0][1:] == (0, parts[0].n_tokens):
+            return cuts[0][0]
+        n_bytes = layout.n_bytes(p1 - p0)
+        if len(self._joined) < n_bytes:  # kept: fresh pages cost twelve times as much to write
+            self._joined = np.empty(n_bytes, np.uint8)
+        layout.join(cuts, self._joined[:n_bytes])
+        return self._joined[:n_bytes]
+
+    # -- keeping
+
+    def keep(self, row: Row) -> int:
+        """Save what the row holds and the cache does not yet; returns how many tokens. What cannot be saved is not, and
+        the log says why. Raises OptionError where a policy of the user's fails."""
+        store = self._store
+        if self._cache is None or not row.n or row.suspect is not None or store.copies_pending:
+            return 0
+        if store.caps.kind is MemoryKind.WINDOW and store.sequences.first(row.seq_id) > first_seen(row.n, store.caps):
+            return 0  # another session's decode has taken part of its window
+        try:
+            inserted = self._cache.save(row.namespace, row.tokens.copy(), RowSaver(store, row, self._layout))
+        except SnapshotError as e:
+            logger.warning("%d tokens of KV could not be saved and will be decoded again: %s", row.n, e)
+            return 0
+        if inserted.refused:
+            logger.debug("%d tokens of KV are not kept: %s", row.n, inserted.refused)
+        self._take_stock()
+        return inserted.n_tokens
+
+    # -- proof
+
+    def _proven_layout(self) -> SegmentLayout | None:
+        """The layout of blobs, if cuts and joins in numpy are llama.cpp's own, byte for byte; None where they are not.
+
+        Decodes five tokens in the scratch, and saves them whole and in parts.
+        """
+        store, sequences = self._store, self._store.sequences
+        if sequences.scratch is None:
+            return None
+        probe = Row(sequences.scratch)
+        tokens = np.arange(_N_PROBED, dtype=np.int32) % store.caps.n_vocab
+        second = store.caps.n_seq_max - 1  # a sequence that nobody has yet
+        try:
+            if store.caps.n_batch < _N_PROBED or store.decode([Feed(probe, tokens, wants_logits=False)]) != 0:
+                return None
+
+            def saved(p0: int, p1: int) -> ByteArray:
+                sequences.copy(probe.seq_id, second, p0, p1)
+                blob = np.empty(store.context.state_size(second), np.uint8)
+                store.context.save_state(second, blob)
+                sequences.remove(second, 0)
+                return blob
+
+            whole, head, tail = saved(0, _N_PROBED), saved(0, _CUT), saved(_CUT, _N_PROBED)
+            layout = SegmentLayout.learn(whole)
+            if layout is None or layout.positions(whole).tolist() != list(range(_N_PROBED)):
+                return None
+            joined = np.empty(layout.n_bytes(_N_PROBED), np.uint8)
+            layout.join([(head, 0, _CUT), (tail, 0, _N_PROBED - _CUT)], joined)
+            cuts = [layout.cut(whole, 0, _CUT), layout.cut(whole, _CUT, _N_PROBED), joined]
+            proven = all(np.array_equal(a, b) for a, b in zip(cuts, [head, tail, whole], strict=True))
+            return layout if proven else None
+        except SnapshotError:
+            return None
+        finally:
+            for seq_id in (second, probe.seq_id):
+                sequences.remove(seq_id, 0)
+            store.forget_counts()

@@ -151,7 +151,7 @@ def test_bytes_are_taken_back_once_and_only_by_their_arena() -> None:
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "9", None])
 def test_sizes_are_checked(n: Any) -> None:
-    for call in (Arena, Arena(10).allocate, Arena(10).compact):
+    for call in (Arena, Arena(10).allocate, Arena(10).compact, Arena(10).n_to_move):
         with pytest.raises(OptionError):
             call(n)
 
@@ -169,6 +169,7 @@ def test_compacting_brings_together_what_is_free() -> None:
     arena, a, b, c = three_of_ten()
     arena.free(a)
     assert arena.allocate(4) is None
+    assert (arena.n_to_move(4), arena.n_to_move(3)) == (6, 0)
     assert arena.compact(4) == 6
     assert (b.start, c.start, arena.n_largest) == (0, 3, 4)
     assert (arena.view(b).tolist(), arena.view(c).tolist()) == ([2] * 3, [3] * 3)
@@ -315,8 +316,9 @@ class AgainstAList(RuleBasedStateMachine):
             with pytest.raises(StateError):
                 self.arena.compact(n)
         else:
-            fitted = self.largest() >= n
+            fitted, expected = self.largest() >= n, self.arena.n_to_move(n)
             moved = self.arena.compact(n)
+            assert moved == expected
             assert (moved == 0) == fitted
             assert self.largest() >= n
 

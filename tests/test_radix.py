@@ -386,6 +386,10 @@ def test_what_goes_last_goes_after_all_others() -> None:
     put(tree, "aa")
     put(tree, "bb")
     tree.touch(tree.tops("own")[0])
+    assert tree.evict(5, also_last=False) == []
+    assert tree.evict(1, also_last=False) == ["aa"]
+    put(tree, "aa")
+    tree.touch(node_at(tree, "bb"))
     assert tree.evict(4) == ["aa", "bb"]
     assert [tree.evict(1), tree.evict(1)] == [["also"], ["keep"]]
 

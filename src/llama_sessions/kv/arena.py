@@ -82,6 +82,14 @@ class Arena:
     def n_extents(self) -> int:
         return len(self._used)
 
+    def n_to_move(self, n_bytes: int) -> int:
+        """How many bytes `compact` would move; 0 where there is a place. StateError where fewer are free."""
+        checked_int("n_bytes", n_bytes, 1)
+        if n_bytes > self.n_free:
+            raise StateError(f"{n_bytes} bytes cannot be brought together: {self.n_free} are free")
+        first, last = self._cheapest_run(n_bytes)
+        return sum(self._free[last]) - self._free[first][0] - sum(n for _, n in self._free[first : last + 1])
+
     def view(self, extent: Extent) -> ByteArray:
         """The (n_bytes,) uint8 bytes of an extent, to read and write. Valid until the next change of the arena."""
         self._check(extent)
@@ -132,9 +140,8 @@ class Arena:
         O(extents log extents). So n_free bytes can always be had, and nothing need go for the sake of a place.
         StateError where fewer are free.
         """
-        checked_int("n_bytes", n_bytes, 1)
-        if n_bytes > self.n_free:
-            raise StateError(f"{n_bytes} bytes cannot be brought together: {self.n_free} are free")
+        if not self.n_to_move(n_bytes):
+            return 0
         first, last = self._cheapest_run(n_bytes)
         start, end = self._free[first][0], sum(self._free[last])
         self._free[first : last + 1] = []  # nobody's until all have moved

@@ -195,6 +195,14 @@ def test_compacting_moves_as_little_as_it_can() -> None:
     assert all((arena.view(extents[i]) == i).all() for i in (1, 3, 5, 7))
 
 
+def test_what_is_moved_is_what_lies_between_and_not_what_is_free() -> None:
+    arena = Arena(100)
+    extents = [take(arena, n, i) for i, n in enumerate([5, 3, 5, 50, 2, 5, 9, 21])]
+    for i in (0, 2, 4, 6):
+        arena.free(extents[i])
+    assert arena.compact(10) == 3  # and not the five bytes with more room around them
+
+
 def test_compacting_cannot_make_bytes() -> None:
     arena, a, _, _ = three_of_ten()
     with pytest.raises(StateError, match="2 bytes cannot be brought together: 1 are free"):

@@ -820,6 +820,31 @@ def test_what_is_found_is_right_whatever_was_done_before() -> None:
 # -- interrupts
 
 
+def test_what_a_change_has_left_is_mended_at_the_next() -> None:
+    cache = new_cache(2 * size(4))
+    put(cache, "aaaa")
+    cache.save_private("me", ids("mine"), RowSaver("mine"), exact=True)
+    hit = match(cache, "aaaa")
+    acts: list[Callable[[], object]] = [
+        lambda: cache.lock(hit),
+        lambda: cache.unlock(hit),
+        lambda: cache.touch(hit, n_hit=1, n_miss=0),
+        lambda: cache.clear("unknown"),
+        lambda: cache.drop_private("unknown"),
+        lambda: put(cache, "aaaa"),
+    ]
+    cache.drop_private("me")
+    for act in acts:
+        assert cache._arena.allocate(3) is not None  # nobody's
+        cache._store.suspect = True
+        assert (found(cache, "aaaa"), cache.private("me")) == (0, None)
+        with pytest.raises(StateError, match="no longer in the cache"):
+            cache.read(hit)
+        act()
+        cache.check_integrity()
+        assert_restores(cache, "aaaa", 4)
+
+
 @every_kind
 @pytest.mark.parametrize("deed", ["put", "branch", "own", "drop", "clear"])
 def test_an_interrupt_anywhere_leaves_what_is_right_or_nothing(kind: BlobKind, cuts: bool, deed: str) -> None:

@@ -83,15 +83,19 @@ class BlobStore:
                 None, refused=f"{n_bytes} bytes are needed, {n_free} are free, and too much of the rest is locked"
             )
         self.release(gone)
-        while self.arena.n_to_move(n_bytes) > MOST_MOVED * n_bytes:
+        extent = self.arena.allocate(n_bytes)
+        while extent is None and self.arena.n_to_move(n_bytes) > MOST_MOVED * n_bytes:
             more = self.tree.evict(max(1, n_bytes // 4), also_last=False)
             if not more:
                 break
             self.release(more)
             gone += more
-        self.arena.compact(n_bytes)
+            extent = self.arena.allocate(n_bytes)
+        if extent is None:
+            self.arena.compact(n_bytes)
+            extent = self.arena.allocate(n_bytes)
         lost = dict.fromkeys(piece.blob.owner for piece in gone if piece.blob.owner is not None)
-        return Room(self.arena.allocate(n_bytes), tuple(lost))
+        return Room(extent, tuple(lost))
 
     def release(self, gone: Iterable[Piece]) -> None:
         """Free the bytes of pieces that are no longer in the tree: whole blobs, or the rear of one, cut in place."""

@@ -12,6 +12,9 @@ none      nothing of the prompt is known
 insert    a new entry that branches off inside another; at most 2 ms
 full      the same into a full cache: something has to go, blobs are cut (8 bytes a token)
 
+place     blobs of 1 to 74 MB into an arena of 512 MB that is full: how full it stays, and how long the longest insert
+          takes, with the limit to what may be moved for a place, with none, and with nothing moved at all
+
 Beside it: `llama_cpp.LlamaRAMCache`, by its own `_find_longest_prefix_key`; a plain trie with a dict a token, which
 has to do with a fiftieth of the entries, since all of them would take tens of gigabytes; and the limit, one numpy
 compare of 32,768 ids.
@@ -150,6 +153,41 @@ def tree_side(config: Result) -> Result:
     return out
 
 
+# -- finding a place
+
+
+class Touched(NoKv):
+    """Saves of 12.3 kB a token, that touch each page and no more."""
+
+    def n_bytes(self, p0: int, p1: int) -> int:
+        return 12300 * (p1 - p0)
+
+    def save(self, p0: int, p1: int, out: npt.NDArray[np.uint8]) -> None:
+        out[::4096] = 1
+
+
+def place_side(config: Result) -> Result:
+    from llama_sessions import RadixOptions
+    from llama_sessions.kv import blob_store
+    from llama_sessions.kv.cache import RadixCache
+
+    blob_store.MOST_MOVED = config["most_moved"]
+    rng = np.random.default_rng(2)
+    cache, saver = RadixCache(RadixOptions()), Touched()
+    prompts = [rng.integers(0, N_VOCAB, int(rng.integers(100, 6001)), dtype=np.int32) for _ in range(config["n_blobs"])]
+    for old, new in zip(prompts[::2], prompts[1::2], strict=False):
+        n = max(0, min(len(old), len(new)) - 50)
+        new[:n] = old[:n]
+    full: list[float] = []
+    times, _ = timed(
+        lambda prompt: (cache.save(None, prompt, saver), full.append(cache.stats().n_bytes / cache.stats().max_bytes)),
+        prompts,
+    )
+    cache.check_integrity()
+    third = len(prompts) // 3  # it fills up first
+    return {"full": statistics.mean(full[third:]), "mean": statistics.mean(times[third:]), "worst": max(times[third:])}
+
+
 # -- peers and the limit
 
 
@@ -216,7 +254,14 @@ def limit_side(config: Result) -> Result:
     return summary("compare", times)
 
 
-PARTS = {"tree": tree_side, "ram-cache": ram_cache_side, "trie": trie_side, "limit": limit_side}
+PLACES = {"place-4": 4.0, "place-any": 1e9, "place-none": 0.0}  # times the blob that may be moved
+PARTS = {
+    **dict.fromkeys(PLACES, place_side),
+    "tree": tree_side,
+    "ram-cache": ram_cache_side,
+    "trie": trie_side,
+    "limit": limit_side,
+}
 
 
 def main() -> int:
@@ -231,7 +276,9 @@ def main() -> int:
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
     config = {"n_entries": 1000 if args.quick else 10000, "n_times": 100 if args.quick else 300}
-    results = interleaved(__file__, list(PARTS), lambda _: config, 1 if args.quick else args.rounds)
+    config["n_blobs"] = 400 if args.quick else 1500
+    n_rounds = 1 if args.quick else args.rounds
+    results = interleaved(__file__, list(PARTS), lambda p: {**config, "most_moved": PLACES.get(p)}, n_rounds)
 
     ours = results["tree"]
     say(f"Finding a prompt of {N_PROMPT} tokens among {config['n_entries']} entries, and adding one")
@@ -256,6 +303,15 @@ def main() -> int:
         rows.append([name, f"{median(each, 'n_entries'):.0f}", *times])
     rows.append([f"limit: one compare of {N_PROMPT} ids", "1", f"{limit:.3f}", f"{limit:.3f}", "0", ""])
     print(table(["milliseconds, medians", "entries", "long", "turns", "none", "insert"], rows))
+
+    print()
+    labels = ["at most 4 times the blob (as it is)", "as much as it takes", "nothing: more goes instead"]
+    rows = []
+    for part, label in zip(PLACES, labels, strict=True):
+        each = results[part]
+        full, mean, worst = (median(each, key) for key in ("full", "mean", "worst"))
+        rows.append([label, f"{100 * full:.0f} %", f"{mean:.1f} ms", f"{worst:.0f} ms"])
+    print(table(["what may be moved for a place", "arena in use", "mean insert", "worst"], rows))
     write_json(args.json, "radix", vars(args) | config, results)
     return 0
 

@@ -151,7 +151,7 @@ def test_bytes_are_taken_back_once_and_only_by_their_arena() -> None:
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "9", None])
 def test_sizes_are_checked(n: Any) -> None:
-    for call in (Arena, Arena(10).allocate, Arena(10).compact):
+    for call in (Arena, Arena(10).allocate, Arena(10).compact, Arena(10).n_to_move):
         with pytest.raises(OptionError):
             call(n)
 
@@ -169,6 +169,7 @@ def test_compacting_brings_together_what_is_free() -> None:
     arena, a, b, c = three_of_ten()
     arena.free(a)
     assert arena.allocate(4) is None
+    assert (arena.n_to_move(4), arena.n_to_move(3)) == (6, 0)
     assert arena.compact(4) == 6
     assert (b.start, c.start, arena.n_largest) == (0, 3, 4)
     assert (arena.view(b).tolist(), arena.view(c).tolist()) == ([2] * 3, [3] * 3)
@@ -192,6 +193,14 @@ def test_compacting_moves_as_little_as_it_can() -> None:
     assert arena.compact(10) == 3  # the one of three bytes, and no other
     assert [extents[i].start for i in (1, 3, 5, 7)] == [5, 45, 58, 93]
     assert all((arena.view(extents[i]) == i).all() for i in (1, 3, 5, 7))
+
+
+def test_what_is_moved_is_what_lies_between_and_not_what_is_free() -> None:
+    arena = Arena(100)
+    extents = [take(arena, n, i) for i, n in enumerate([5, 3, 5, 50, 2, 5, 9, 21])]
+    for i in (0, 2, 4, 6):
+        arena.free(extents[i])
+    assert arena.compact(10) == 3  # and not the five bytes with more room around them
 
 
 def test_compacting_cannot_make_bytes() -> None:
@@ -315,8 +324,9 @@ class AgainstAList(RuleBasedStateMachine):
             with pytest.raises(StateError):
                 self.arena.compact(n)
         else:
-            fitted = self.largest() >= n
+            fitted, expected = self.largest() >= n, self.arena.n_to_move(n)
             moved = self.arena.compact(n)
+            assert moved == expected
             assert (moved == 0) == fitted
             assert self.largest() >= n
 

@@ -607,6 +607,7 @@ def test_without_a_free_slot_the_error_names_the_remedy(cm: ContextManager) -> N
     sessions = [said(f"{i}") for i in range(3)]
     for session in sessions:
         cm.prepare(session)
+        cm.pin(session)
     for call in (cm.prepare, cm.begin, Engine(cm).chat):
         with pytest.raises(NoFreeSlot, match="3 of 3 in use; raise max_sessions, release or park a session"):
             call(said("one more"))

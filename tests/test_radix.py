@@ -386,6 +386,10 @@ def test_what_goes_last_goes_after_all_others() -> None:
     put(tree, "aa")
     put(tree, "bb")
     tree.touch(tree.tops("own")[0])
+    assert tree.evict(5, also_last=False) == []
+    assert tree.evict(1, also_last=False) == ["aa"]
+    put(tree, "aa")
+    tree.touch(node_at(tree, "bb"))
     assert tree.evict(4) == ["aa", "bb"]
     assert [tree.evict(1), tree.evict(1)] == [["also"], ["keep"]]
 
@@ -416,6 +420,21 @@ def test_a_policy_is_asked_once_for_each_leaf_that_changed() -> None:
     tree.touch(node_at(tree, "c"))
     tree.evict(1)
     assert asked == [1, 2, 3, 4, 5]
+
+
+def test_a_policy_is_not_asked_about_thousands_again() -> None:
+    asked: list[int] = []
+    tree: RadixTree[int] = RadixTree(
+        split=lambda value, n: (value, value),
+        n_bytes=lambda value: 1,
+        policy=lambda usage: asked.append(usage.last_use) or usage.last_use,  # type: ignore[func-returns-value]
+    )
+    for i in range(1500):
+        tree.insert(None, np.array([i], np.int32), lambda q, i=i: i)  # type: ignore[misc]
+    assert tree.evict(1) == [0]
+    asked.clear()
+    assert tree.evict(1) == [1]
+    assert asked == []
 
 
 def test_many_uses_do_not_fill_the_heap() -> None:
@@ -739,7 +758,7 @@ def test_an_interrupt_costs_at_most_the_edge_it_was_about(deed: str) -> None:
         elif deed == "divide":
             tree.divide(node_at(tree, "aaaa"), 2)
         elif deed == "replace":
-            tree.replace(node_at(tree, "aaaabb"), "bb")
+            tree.replace(node_at(tree, "aaaabb"), None)
         elif deed == "evict":
             tree.evict(3)
         elif deed == "remove":
@@ -756,8 +775,30 @@ def test_an_interrupt_costs_at_most_the_edge_it_was_about(deed: str) -> None:
         put(tree, "zz")
         tree.check_integrity()
         for node in tree.nodes():
-            assert node.value == text_of(node)[node.p0 :]
+            assert node.value in (text_of(node)[node.p0 :], None if deed == "replace" else "")
         if deed in ("replace", "touch", "remove", "insert", "divide"):
             assert found(tree, "dddd") == 4
 
     assert interrupted_everywhere(start, act, check) > 10
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda tree, node: put(tree, "x"),
+        lambda tree, node: tree.touch(node),
+        lambda tree, node: tree.lock(node),
+        lambda tree, node: tree.divide(node, 2),
+        lambda tree, node: tree.replace(node, "aaaa"),
+        lambda tree, node: tree.evict(1),
+        lambda tree, node: tree.remove(node),
+        lambda tree, node: tree.clear("unknown"),
+    ],
+)
+def test_every_change_first_mends_what_was_left(act: Callable[[Tree, Node[Text]], object]) -> None:
+    tree = grown("aaaa", "bb")
+    tree._unfinished = (tree._roots[None], ord("b"))
+    assert (found(tree, "aaaa"), found(tree, "bb")) == (0, 0)
+    act(tree, tree.tops(None)[0])
+    assert found(tree, "bb") == 0
+    tree.check_integrity()

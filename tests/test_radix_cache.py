@@ -315,18 +315,43 @@ def test_many_cuts_of_one_blob_leave_its_front_right() -> None:
     assert (len(set(lengths)), lengths[-1]) == (cutter.n_cuts + 1, 6)
 
 
-def test_no_more_goes_than_is_needed_although_what_is_free_lies_in_pieces() -> None:
-    cache = new_cache(10 * size(4))
-    for i in range(10):
-        put(cache, 4 * chr(97 + i))
-    for i in (1, 3, 5, 7, 9):
-        cache.touch(match(cache, 4 * chr(97 + i)), n_hit=4, n_miss=0)
-    done = put(cache, "x" * 8)  # every second one is older
-    assert done.n_tokens_evicted == 8
+def full_of_forty(oldest: list[int], save: Callable[[RadixCache, int, str], object]) -> RadixCache:
+    """40 blobs of 4 tokens side by side, and no room beside them."""
+    cache = new_cache(40 * size(4))
+    for i in range(40):
+        save(cache, i, 4 * chr(65 + i))
+    for i in range(40):
+        if i not in oldest:
+            hit = cache.private(i) or match(cache, 4 * chr(65 + i))
+            cache.touch(hit, n_hit=4, n_miss=0)
+    return cache
+
+
+def test_what_is_free_in_pieces_is_brought_together() -> None:
+    cache = full_of_forty([10, 12], lambda cache, i, text: put(cache, text))
+    assert put(cache, "x" * 8).n_tokens_evicted == 8  # no more than is needed
     assert_restores(cache, "x" * 8, 8)
-    assert [found(cache, 4 * chr(97 + i)) for i in range(10)] == [0, 4, 0, 4, 4, 4, 4, 4, 4, 4]
-    for i in (1, 3, 4, 5, 6, 7, 8, 9):
-        assert_restores(cache, 4 * chr(97 + i), 4)
+    for i in range(40):
+        assert_restores(cache, 4 * chr(65 + i), 0 if i in (10, 12) else 4)
+
+
+def test_a_little_more_goes_where_too_much_would_have_to_move() -> None:
+    cache = full_of_forty([0, 39], lambda cache, i, text: put(cache, text))
+    assert put(cache, "x" * 8).n_tokens_evicted == 12  # the next oldest lies beside the first
+    assert_restores(cache, "x" * 8, 8)
+    for i in range(40):
+        assert_restores(cache, 4 * chr(65 + i), 0 if i in (0, 1, 39) else 4)
+
+
+@pytest.mark.parametrize(("exact", "lost"), [(True, (0, 39, 1)), (False, (0, 39))])
+def test_for_the_sake_of_a_place_no_approximate_row_goes(exact: bool, lost: tuple[int, ...]) -> None:
+    cache = full_of_forty([0, 39], lambda c, i, text: c.save_private(i, ids(text), RowSaver(text), exact=exact))
+    assert put(cache, "x" * 8).lost == lost
+    assert_restores(cache, "x" * 8, 8)
+    for i in range(40):
+        row = cache.private(i)
+        assert (row is None) == (i in lost)
+        assert row is None or restored(cache, row) == expected(4 * chr(65 + i))
 
 
 # -- no room
@@ -793,6 +818,31 @@ def test_what_is_found_is_right_whatever_was_done_before() -> None:
 
 
 # -- interrupts
+
+
+def test_what_a_change_has_left_is_mended_at_the_next() -> None:
+    cache = new_cache(2 * size(4))
+    put(cache, "aaaa")
+    cache.save_private("me", ids("mine"), RowSaver("mine"), exact=True)
+    hit = match(cache, "aaaa")
+    acts: list[Callable[[], object]] = [
+        lambda: cache.lock(hit),
+        lambda: cache.unlock(hit),
+        lambda: cache.touch(hit, n_hit=1, n_miss=0),
+        lambda: cache.clear("unknown"),
+        lambda: cache.drop_private("unknown"),
+        lambda: put(cache, "aaaa"),
+    ]
+    cache.drop_private("me")
+    for act in acts:
+        assert cache._arena.allocate(3) is not None  # nobody's
+        cache._store.suspect = True
+        assert (found(cache, "aaaa"), cache.private("me")) == (0, None)
+        with pytest.raises(StateError, match="no longer in the cache"):
+            cache.read(hit)
+        act()
+        cache.check_integrity()
+        assert_restores(cache, "aaaa", 4)
 
 
 @every_kind

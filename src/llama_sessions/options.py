@@ -87,7 +87,7 @@ class RadixOptions:
     """How the cache of saved KV is kept: at most `max_bytes`, runs of at least `min_tokens`, thinned by `policy`."""
 
     max_bytes: int = 512 * 2**20
-    min_tokens: int = 16
+    min_tokens: int = 1
     policy: str | Callable[..., Any] = "lru"
 
     def __post_init__(self) -> None:

@@ -82,6 +82,10 @@ class Arena:
     def n_extents(self) -> int:
         return len(self._used)
 
+    def n_to_move(self, n_bytes: int) -> int:
+        """How many bytes `compact` would move; 0 where there is a place. StateError where fewer are free."""
+        return self._cheapest_run(n_bytes)[2]
+
     def view(self, extent: Extent) -> ByteArray:
         """The (n_bytes,) uint8 bytes of an extent, to read and write. Valid until the next change of the arena."""
         self._check(extent)
@@ -132,10 +136,9 @@ class Arena:
         O(extents log extents). So n_free bytes can always be had, and nothing need go for the sake of a place.
         StateError where fewer are free.
         """
-        checked_int("n_bytes", n_bytes, 1)
-        if n_bytes > self.n_free:
-            raise StateError(f"{n_bytes} bytes cannot be brought together: {self.n_free} are free")
-        first, last = self._cheapest_run(n_bytes)
+        first, last, between = self._cheapest_run(n_bytes)
+        if not between:
+            return 0
         start, end = self._free[first][0], sum(self._free[last])
         self._free[first : last + 1] = []  # nobody's until all have moved
         memory, moved, at = self._buffer.data, 0, start
@@ -211,9 +214,11 @@ class Arena:
             j += 1
         self._free[i:j] = [(start, n)]
 
-    def _cheapest_run(self, n_bytes: int) -> tuple[int, int]:
-        """First and last of the free ranges that together hold `n_bytes` with the fewest used bytes between them."""
-        best, fewest = (0, len(self._free) - 1), self.max_bytes + 1
+    def _cheapest_run(self, n_bytes: int) -> tuple[int, int, int]:
+        """First and last of the free ranges that together hold `n_bytes` with the fewest used bytes between them, and
+        how many those are."""
+        checked_int("n_bytes", n_bytes, 1)
+        best = None
         first = total = 0
         for last, (start, n) in enumerate(self._free):
             total += n
@@ -221,6 +226,8 @@ class Arena:
                 total -= self._free[first][1]
                 first += 1
             between = start + n - self._free[first][0] - total
-            if total >= n_bytes and between < fewest:
-                best, fewest = (first, last), between
+            if total >= n_bytes and (best is None or between < best[2]):
+                best = (first, last, between)
+        if best is None:
+            raise StateError(f"{n_bytes} bytes cannot be brought together: {self.n_free} are free")
         return best

@@ -13,6 +13,9 @@ from .blobs import Blob, BlobCutter, BlobKind, Piece, piece_bytes, splitter
 from .policy import policy_for
 from .radix import RadixTree
 
+# Times the blob. Without a limit an insert may move the whole arena, with 0 much of it lies empty: benchmarks/radix.py
+MOST_MOVED = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
@@ -64,9 +67,11 @@ class BlobStore:
             self._mend()
 
     def room(self, n_bytes: int) -> Room:
-        """Room for `n_bytes`, made by evicting what has to go and no more; nothing goes where that is not enough.
+        """Room for `n_bytes`. What has to go for it goes; nothing where that is not enough.
 
-        What is free is brought together where it lies in pieces (`Arena.compact`), so nothing goes for a place alone.
+        What is free may lie in pieces. It is brought together by moving at most `MOST_MOVED` times the bytes that are
+        wanted; where that does not do, a little more goes (but nothing that goes last, and nothing that is locked), so
+        that no insert stalls for the size of the whole arena.
         """
         checked_int("the size of a blob", n_bytes, 1)
         if n_bytes > self.arena.max_bytes:
@@ -79,6 +84,13 @@ class BlobStore:
             )
         self.release(gone)
         extent = self.arena.allocate(n_bytes)
+        while extent is None and self.arena.n_to_move(n_bytes) > MOST_MOVED * n_bytes:
+            more = self.tree.evict(max(1, n_bytes // 4), also_last=False)
+            if not more:
+                break
+            self.release(more)
+            gone += more
+            extent = self.arena.allocate(n_bytes)
         if extent is None:
             self.arena.compact(n_bytes)
             extent = self.arena.allocate(n_bytes)

@@ -166,7 +166,7 @@ class RadixCache:
 
         A clean no (`Inserted.refused`) where the tokens before `p0` are not here, where there are fewer new ones than
         `min_tokens`, or where all that is not locked is too little room. Raises OptionError for a blob of another size
-        than its tokens have, or a policy that fails; nothing has gone then.
+        than its tokens have, or a policy that fails; what it failed about has not gone then.
         """
         n = len(checked_tokens(tokens))
         if not 0 <= p0 <= n or (p0 and self.kind is not BlobKind.RANGE):

@@ -48,11 +48,11 @@ class Leaves(Generic[V]):
             return True
         return any(entry[4] is node and entry[3] == node.stamp for entry in self._heap)
 
-    def choose(self, n_bytes: int) -> list[Node[V]]:
+    def choose(self, n_bytes: int, *, also_last: bool = True) -> list[Node[V]]:
         """The nodes that have to go for `n_bytes` to become free, children before parents. They are still in the tree.
 
-        Empty where all that may go is not enough. What frees nothing by going is spared. Raises OptionError for a
-        policy that fails.
+        Empty where all that may go is not enough. `also_last` False: what goes last may not. What frees nothing by
+        going is spared. Raises OptionError for a policy that fails.
         """
         heap = self._up_to_date()
         taken: list[Entry[V]] = []
@@ -65,6 +65,8 @@ class Leaves(Generic[V]):
             if entry[3] != node.stamp or not self._may_go(node, n_left):
                 continue  # a locked one comes back when it is unlocked, an inner one when it is a leaf
             taken.append(entry)
+            if node.goes_last and not also_last:
+                break  # and so do all that are left
             chosen[node] = self._usage(node).n_bytes
             freed += chosen[node]
             for above in node.path():

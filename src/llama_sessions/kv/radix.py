@@ -212,14 +212,15 @@ class RadixTree(Generic[V]):
         self._leaves.changed(node)  # before it may go
         node.n_locks -= 1
 
-    def evict(self, n_bytes: int) -> list[V]:
+    def evict(self, n_bytes: int, *, also_last: bool = True) -> list[V]:
         """Drop leaves, and what becomes a leaf, until `n_bytes` are free; returns the values that went.
 
-        Nothing goes, and nothing is returned, where all that is not locked is not enough. O(log n) a victim. Raises
-        OptionError for a policy that fails, and then nothing has gone.
+        Nothing goes, and nothing is returned, where all that is not locked is not enough (`also_last` False: what
+        is marked to go last counts as locked). O(log n) a victim. Raises OptionError for a policy that fails,
+        and then nothing has gone.
         """
         self.mend()
-        return self._drop(self._leaves.choose(n_bytes)) if n_bytes > 0 else []
+        return self._drop(self._leaves.choose(n_bytes, also_last=also_last)) if n_bytes > 0 else []
 
     def remove(self, node: Node[V]) -> list[V]:
         """Drop `node` and all below it; returns their values. StateError if one of them is locked."""

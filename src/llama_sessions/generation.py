@@ -165,8 +165,7 @@ class Generation:
 
     def _as_chunks(self, token: int | None, parts: list[Part], reply: Reply | None = None) -> list[Chunk]:
         """A chunk for each part; the first has the token, the last the reply."""
-        if not parts:
-            parts = [Part("thinking" if self._speech.is_thinking else "content", "")]
+        parts = _of_one_kind(parts) or [Part("thinking" if self._speech.is_thinking else "content", "")]
         has_logprob = token is not None and self._logprobs
         chunks = []
         for i, part in enumerate(parts):
@@ -268,6 +267,18 @@ class Generation:
         messages = self.session.messages
         if self._user is not None and messages and messages[-1] is self._user:
             messages.pop()
+
+
+def _of_one_kind(parts: list[Part]) -> list[Part]:
+    """Texts of the same kind that follow each other put together."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if last is not None and last.kind == part.kind and part.tool_call is None and last.tool_call is None:
+            joined[-1] = Part(part.kind, last.text + part.text)
+        else:
+            joined.append(part)
+    return joined
 
 
 def _check_question(messages: list[Message], text: str | None, options: GenerationOptions) -> None:

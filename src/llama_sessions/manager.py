@@ -208,14 +208,14 @@ class ContextManager:
             return self.prefix.set(text, _NO_TOKENS)
         tokens = self._prompter.renderer.stem(text)
         check_length(self._store, len(tokens), "the system prompt")
-        while True:
-            try:
-                return self.prefix.set(text, tokens)
-            except CapacityError as e:
-                free = self._store.n_free_cells() or 0
-                by_our_count = e.unit == "cells" and e.needed > free
-                if not by_our_count or not self._parking.make_cells(free + e.needed - e.available):
-                    raise
+        try:
+            return self.prefix.set(text, tokens)
+        except CapacityError as e:
+            free = self._store.n_free_cells() or 0
+            by_our_count = e.unit == "cells" and e.needed > free
+            if not by_our_count or not self._parking.make_cells(free + e.needed - e.available):
+                raise
+        return self.prefix.set(text, tokens)
 
     # -- prepare: begin, then steps
 

@@ -25,7 +25,8 @@ class Parked:
 
 
 class Parking:
-    """Parks idle sessions, the least recently used first: never one that somebody holds, nor one that is pinned.
+    """Parks idle sessions, the least recently used first: never one that somebody holds or whose prompt somebody is
+    decoding, nor one that is pinned.
 
     Their KV goes into the cache before it is dropped; what the cache does not keep is decoded again when they return.
     """
@@ -109,7 +110,10 @@ class Parking:
         return [
             (session, seat)
             for session, seat in self._seats.items()
-            if session not in but and session not in self._pinned and not self._seats.is_held(session)
+            if session not in but
+            and session not in self._pinned
+            and not self._seats.is_held(session)
+            and not seat.is_begun
         ]
 
     def disown(self) -> None:

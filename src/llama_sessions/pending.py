@@ -13,7 +13,7 @@ from .session import Session
 from .types import TokenArray
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Pending:
     """A `prepare` under way: planned and applied, not decoded yet. Void once the session is begun again.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 
 from .kv.cache import KvMatch
 from .kv.plan import Plan
@@ -86,6 +87,7 @@ class Preparer:
         session.n_past = n_reused = seat.row.n
         self.n_tokens_reused += n_reused
         pending = Pending(session, rendered, seat, seat.n_begun, n_reused, wants_logits, stretches, started)
+        seat.pending = weakref.ref(pending)
         if pending.done:
             session.last_prepare = pending.report()
         self.seconds += time.perf_counter() - started

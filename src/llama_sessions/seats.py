@@ -38,8 +38,15 @@ class Seat:
     n_prompt: int = 0  # tokens of the prompt begun last; single tokens come after all of them
     rendered: Rendered | None = None  # that prompt
     said: Said = ()  # what it was made from
+    pending: weakref.ref[Any] | None = None  # the `Pending` of that prompt, while somebody has it
     last_used: float = field(default_factory=time.monotonic)
     logits: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether somebody is in the middle of decoding its prompt."""
+        return self.row.n < self.n_prompt and self.pending is not None and self.pending() is not None
 
 
 class Seats:

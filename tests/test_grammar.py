@@ -314,6 +314,7 @@ def test_json_of_random_schemas_parses_and_validates() -> None:
     *wrong, counts = printed.splitlines()
     assert not wrong, "\n".join(wrong[:5])
     n, rest = counts.split(" ", 1)
+    assert rest.startswith("[] "), rest  # none was refused
     assert int(n) >= 430, rest
 
 
@@ -478,6 +479,11 @@ def test_two_definitions_of_one_name_are_not_taken_for_each_other() -> None:
     }
     grammar = gbnf_of_schema(schema)
     assert all(word in grammar for word in ("first", "second", "third"))
+    clash = {
+        "properties": {"def0-": {"enum": ["first"]}, "b": {"$ref": "#/$defs/a"}},
+        "$defs": {"a": {"enum": ["second"]}},
+    }
+    assert "second" in gbnf_of_schema(clash)
 
 
 def test_required_properties_without_a_schema_are_there_all_the_same() -> None:

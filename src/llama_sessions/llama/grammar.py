@@ -28,9 +28,10 @@ CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)
 _N_COMPILED = 32  # grammars that a vocabulary keeps, at most 4 MB each
 _UNSEEN, _WELL_FORMED, _MALFORMED = 0, 1, 2
 
-# llama.cpp reads bytes without checking that they are UTF-8. 0xE0 and then 0x80 0x80 is the code point 0 to it, which
-# it takes for the token's end and lets through, only to abort on it (with [\u0E00-\u0E7F]: seen with 0.3.36); and
-# [^"] lets 0xF0 0x80 through, which is no text. So what is no beginning of UTF-8 is never allowed here.
+# llama.cpp reads bytes without checking that they are UTF-8. After 0xE0, a token 0x80 0x80 is the code point 0 to it,
+# which it takes for the token's end and lets through, only to abort on it where the grammar wants [\u0E00-\u0E7F] (read
+# in llama-grammar.cpp); and [^"] lets 0xF0 0x80 through, which is no text (seen with 0.3.36). So what is no beginning
+# of UTF-8 is never allowed here.
 _decoder = codecs.getincrementaldecoder("utf-8")
 
 
@@ -104,10 +105,8 @@ class Grammar:
         with self._vocab.held():
             llama_cpp.llama_sampler_apply(self._sampler, ctypes.byref(array))
         logits = candidates["logit"][:n]
-        unsure = logits > -np.inf
-        if not self._pending:
-            unsure &= self._seen[ids] != _WELL_FORMED
-        left = np.flatnonzero(unsure)
+        # A token that may begin a text goes on with none in the middle of a character, which llama.cpp does see.
+        left = np.flatnonzero((logits > -np.inf) & (self._seen[ids] != _WELL_FORMED))
         logits[left[~self._well_formed(ids[left].tolist())]] = -np.inf
 
     def _well_formed(self, tokens: list[int]) -> npt.NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from .gbnf_rules import Chars, Grammar, Ref, Sequence, Token, place, refuse
 from .gbnf_text import read_gbnf
 
 MAX_WAYS = 10_000  # to begin a rule; llama.cpp compares each with each
-MAX_VISITS = 50_000_000  # elements that llama.cpp's search for left recursion looks at; 10 ns each
+MAX_VISITS = 200_000_000  # elements that llama.cpp looks at in search of left recursion, at most; 10 ns each
 MAX_READINGS = 4000  # 2 us each in llama.cpp, for each token that begins with the text
 
 

@@ -270,6 +270,25 @@ def test_what_begins_no_utf_8_is_known(data: bytes, rest: bytes | None) -> None:
     assert grammar_module._unfinished(data) == rest
 
 
+def test_a_grammar_whose_readings_get_out_of_hand_allows_nothing_more(
+    vocab: LlamaVocab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    grammar = Grammar(vocab, 'root ::= "a"*')
+    a = token(vocab, "a")
+    grammar.accept(a)
+    monkeypatch.setattr(grammar_module, "_LONGEST", -1.0)
+    assert grammar.allows(a)
+    with caplog.at_level(logging.WARNING, "llama_sessions"):
+        grammar.accept(a)
+    assert "the text has more readings with each" in caplog.text
+    for one in (grammar, grammar.clone()):
+        assert not one.allows(a)
+        assert not one.allows(end(vocab))
+        assert allowed(one, vocab) == set()
+        with pytest.raises(StateError, match="not allowed"):
+            one.accept(a)
+
+
 # -- schemas
 
 

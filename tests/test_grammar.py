@@ -270,6 +270,25 @@ def test_what_begins_no_utf_8_is_known(data: bytes, rest: bytes | None) -> None:
     assert grammar_module._unfinished(data) == rest
 
 
+def test_a_grammar_whose_readings_get_out_of_hand_allows_nothing_more(
+    vocab: LlamaVocab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    grammar = Grammar(vocab, 'root ::= "a"*')
+    a = token(vocab, "a")
+    grammar.accept(a)
+    monkeypatch.setattr(grammar_module, "_LONGEST", -1.0)
+    assert grammar.allows(a)
+    with caplog.at_level(logging.WARNING, "llama_sessions"):
+        grammar.accept(a)
+    assert "the text has more readings with each" in caplog.text
+    for one in (grammar, grammar.clone()):
+        assert not one.allows(a)
+        assert not one.allows(end(vocab))
+        assert allowed(one, vocab) == set()
+        with pytest.raises(StateError, match="not allowed"):
+            one.accept(a)
+
+
 # -- schemas
 
 
@@ -314,6 +333,7 @@ def test_json_of_random_schemas_parses_and_validates() -> None:
     *wrong, counts = printed.splitlines()
     assert not wrong, "\n".join(wrong[:5])
     n, rest = counts.split(" ", 1)
+    assert rest.startswith("[] "), rest  # none was refused
     assert int(n) >= 430, rest
 
 
@@ -478,6 +498,11 @@ def test_two_definitions_of_one_name_are_not_taken_for_each_other() -> None:
     }
     grammar = gbnf_of_schema(schema)
     assert all(word in grammar for word in ("first", "second", "third"))
+    clash = {
+        "properties": {"def0-": {"enum": ["first"]}, "b": {"$ref": "#/$defs/a"}},
+        "$defs": {"a": {"enum": ["second"]}},
+    }
+    assert "second" in gbnf_of_schema(clash)
 
 
 def test_required_properties_without_a_schema_are_there_all_the_same() -> None:

@@ -12,8 +12,8 @@ from .gbnf_rules import Chars, Grammar, Ref, Sequence, Token, place, refuse
 from .gbnf_text import read_gbnf
 
 MAX_WAYS = 10_000  # to begin a rule; llama.cpp compares each with each
-MAX_VISITS = 50_000_000  # elements that llama.cpp's search for left recursion looks at; 10 ns each
-MAX_READINGS = 10_000  # 2 us each in llama.cpp, for each token that begins with the text
+MAX_VISITS = 200_000_000  # elements that llama.cpp looks at in search of left recursion, at most; 10 ns each
+MAX_READINGS = 4000  # 2 us each in llama.cpp, for each token that begins with the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def check_gbnf(text: str, root: str = "root") -> GrammarSummary:
     grammar = read_gbnf(text, root)
     nullable = _that_match(grammar, (Ref,))
     begins = _begins_with(grammar, nullable)
-    _check_ways(grammar, begins, _from_the_bottom(grammar, begins))
+    _check_ways(grammar, nullable, begins, _from_the_bottom(grammar, begins))
     if grammar.tokens:
         _check_tokens_follow_no_chars(grammar, nullable)
     most = most_readings(grammar, MAX_READINGS)
@@ -53,8 +53,8 @@ def check_gbnf(text: str, root: str = "root") -> GrammarSummary:
         refuse(
             text,
             rule.at,
-            f"rule {rule.name!r} reads {most.text!r} in more than {MAX_READINGS} ways, and llama.cpp would follow them "
-            "all; write it so that each text has one reading",
+            f"rule {rule.name!r} goes on from {most.text!r} in more than {MAX_READINGS} ways, and llama.cpp would "
+            "follow them all; write it so that each text has one reading",
         )
     tokens = tuple(NamedToken(token.spelled, place(text, token.at)) for token in grammar.tokens if token.spelled)
     ends = _that_match(grammar, (Ref, Chars, Token))[grammar.root]
@@ -155,17 +155,19 @@ def _refuse_circle(grammar: Grammar, circle: list[int]) -> None:
     refuse(grammar.text, first.at, what)
 
 
-def _check_ways(grammar: Grammar, begins: list[list[int]], order: list[int]) -> None:
+def _check_ways(grammar: Grammar, nullable: list[bool], begins: list[list[int]], order: list[int]) -> None:
     """Refuse what takes llama.cpp exponential time: it walks every way to every rule that one may begin with."""
     ways, visits = [0] * len(begins), [0] * len(begins)
     total = 0
     for number in order:
         rule = grammar.rules[number]
-        ways[number] = len(rule.alternatives) + sum(ways[following] for following in begins[number])
+        firsts = [_edge(sequence, nullable, backwards=False) for sequence in rule.alternatives]
+        n_direct = sum(not (first and isinstance(first[-1], Ref) and not nullable[first[-1].rule]) for first in firsts)
+        ways[number] = n_direct + sum(ways[following] for following in begins[number])
         visits[number] = sum(map(len, rule.alternatives)) + sum(visits[following] for following in begins[number])
         total += visits[number]
         if ways[number] > MAX_WAYS or total > MAX_VISITS:
-            what = f"rule {rule.name!r} may begin in more than {MAX_WAYS} ways"
+            what = f"rule {rule.name!r} may begin in too many ways, more than {MAX_WAYS} or through too many rules"
             refuse(grammar.text, rule.at, f"{what}; let its alternatives begin with different characters")
 
 

@@ -14,7 +14,8 @@ _N_CHARS = 128  # as long as tokens of one character repeated are (128 spaces: q
 _N_MIXED = 12  # and one of several characters; behind it equal stacks are one
 _N_CALM_CHARS = 16  # a text with few readings by then is not followed further
 _FEW = 6
-_BUDGET = 60_000  # stacks looked at for one grammar: 0.2 s
+_BUDGET = 300_000  # stacks looked at for one grammar: 0.5 s; what was found by then stands
+_BUDGET_OF_ONE = 40_000  # and for one rule; one that needs more has too many readings, however few of one text
 _N_TRIED = 3  # characters that are tried at each step, those with the most readings up to it
 
 
@@ -28,7 +29,7 @@ class Readings:
 
 
 def most_readings(grammar: Grammar, enough: int) -> Readings:
-    """Look for a short text with many readings, and stop at more than `enough`.
+    """Look for a short text with many readings, and stop at more than `enough`. 0.5 s at most.
 
     It follows the character with the most readings from the beginning of each rule: a search, not a proof.
     """
@@ -45,11 +46,15 @@ def most_readings(grammar: Grammar, enough: int) -> Readings:
     return most
 
 
+class _TooManyError(Exception):
+    """The budget of one rule is spent."""
+
+
 class _Machine:
     """llama.cpp's stacks as numbers: 0 is the empty one, each other a position on top of another stack."""
 
     def __init__(self, grammar: Grammar) -> None:
-        self.n_looked_at = 0
+        self.n_looked_at = self._n_allowed = 0
         self._elements: list[Element | None] = []  # all sequences, each with a None behind it
         self._starts: list[list[int]] = []  # by rule: where its alternatives begin
         for rule in grammar.rules:
@@ -62,20 +67,28 @@ class _Machine:
         self._advanced: dict[int, list[int]] = {}
 
     def follow(self, rule: int, enough: int) -> Readings:
+        """The most readings of the texts looked at that begin a rule."""
+        self._n_allowed = self.n_looked_at + _BUDGET_OF_ONE
+        text: list[str] = []
+        try:
+            return Readings(self._follow(rule, enough, text), "".join(text), rule)
+        except _TooManyError:
+            return Readings(enough + 1, "".join(text), rule)
+
+    def _follow(self, rule: int, enough: int, text: list[str]) -> int:
         counts: dict[int, int] = {}
         for start in self._starts[rule]:
             for stack in self._advance(self._pushed(start, 0)):
                 counts[stack] = counts.get(stack, 0) + 1
-        text = ""
-        n, n_token, most = 0, 0, 0
-        while len(text) < _N_CHARS and most <= enough and self.n_looked_at <= _BUDGET:
+        n, n_token, most = len(counts), 0, len(counts)
+        while len(text) < _N_CHARS and most <= enough:
             if len(text) == _N_CALM_CHARS and n < _FEW:
                 break
             before, n, best = counts, 0, ""
             for char in self._candidates(before):
                 after = self._step(before, char)
                 total = sum(after.values())
-                if total > n or (total == n and char == text[-1:]):
+                if total > n or (total == n and text[-1:] == [char]):
                     n, best, counts = total, char, after
             if not n or counts == before:
                 break
@@ -83,9 +96,14 @@ class _Machine:
             if n_token > _N_MIXED and best != text[-1]:
                 n_token, counts = 1, dict.fromkeys(counts, 1)
                 n = len(counts)
-            text += best
+            text.append(best)
             most = max(most, n)
-        return Readings(most, text, rule)
+        return most
+
+    def _look(self) -> None:
+        self.n_looked_at += 1
+        if self.n_looked_at > self._n_allowed:
+            raise _TooManyError
 
     def _pushed(self, position: int, below: int) -> int:
         """The stack with what stands at a position on top, if anything does."""
@@ -104,7 +122,7 @@ class _Machine:
         todo, seen, found = [stack], {stack}, []
         while todo:
             top = todo.pop()
-            self.n_looked_at += 1
+            self._look()
             position, below = self._stacks[top]
             element = self._elements[position] if top else None
             if not isinstance(element, Ref):
@@ -122,7 +140,7 @@ class _Machine:
     def _step(self, counts: dict[int, int], char: str) -> dict[int, int]:
         after: dict[int, int] = {}
         for stack, n in counts.items():
-            self.n_looked_at += 1
+            self._look()
             position, below = self._stacks[stack]
             if stack and _matches(self._elements[position], ord(char)):
                 for following in self._advance(self._pushed(position + 1, below)):

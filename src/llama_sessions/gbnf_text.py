@@ -111,11 +111,7 @@ class _Reader:
         self.pos += 3
         self.space(True)
         self.alternatives(name, _Open(number, at, nested=False))
-        if self.text.startswith("\r\n", self.pos):
-            self.pos += 2
-        elif self.peek() in ("\r", "\n"):
-            self.pos += 1
-        elif self.peek():
+        if self.peek() not in ("", "\r", "\n"):
             self.expected("an item, '|' or the end of the line")
         self.space(True)
 
@@ -133,7 +129,7 @@ class _Reader:
             elif char == "|":
                 self.step(True)
                 here.alternatives.append([])
-                here.last, here.n_repeated = 0, 1
+                here.last = 0
                 self.count(1)
             elif char == ")" and here.nested:
                 self.close(name, stack.pop())

@@ -33,6 +33,7 @@ from llama_sessions import (
     MemoryKind,
     NextToken,
     PromptChunk,
+    RadixOptions,
     Session,
     StateError,
 )
@@ -199,6 +200,42 @@ class Conversations(RuleBasedStateMachine):
             assert len(self.cm.tokens(session)) == 0
 
     @precondition(lambda self: self.sessions)
+    @rule(n=PICK, come_back=st.booleans())
+    def park(self, n: int, come_back: bool) -> None:
+        session = self.pick(n)
+        if self.is_streaming(session):
+            with pytest.raises(StateError):
+                self.cm.park(session)
+            return
+        before = self.cm.tokens(session)
+        self.cm.park(session)
+        assert self.cm.park(session) is False
+        np.testing.assert_array_equal(self.cm.tokens(session), before)
+        if come_back and len(before):
+            with contextlib.suppress(CapacityError):
+                self.check_exact(session)
+            np.testing.assert_array_equal(self.cm.tokens(session), before)
+
+    @precondition(lambda self: self.sessions)
+    @rule(n=PICK)
+    def flush(self, n: int) -> None:
+        session = self.pick(n)
+        if not self.is_streaming(session):
+            before = self.cm.tokens(session)
+            self.cm.flush(session)
+            np.testing.assert_array_equal(self.cm.tokens(session), before)
+
+    @precondition(lambda self: self.sessions)
+    @rule(n=PICK, on=st.booleans())
+    def pin(self, n: int, on: bool) -> None:
+        self.cm.pin(self.pick(n), on)
+
+    @rule()
+    def clear_radix(self) -> None:
+        self.cm.clear_radix()
+        assert self.cm.stats().radix.n_bytes == self.cm.stats().radix.n_bytes_private
+
+    @precondition(lambda self: self.sessions)
     @rule(n=PICK)
     def lose(self, n: int) -> None:
         session = self.pick(n)
@@ -207,10 +244,10 @@ class Conversations(RuleBasedStateMachine):
             del session
             gc.collect()
 
-    @rule(text=st.sampled_from(["You are brief.", "You are a parrot. Repeat.", ""]))
-    def set_system(self, text: str) -> None:
+    @rule(text=st.sampled_from(["You are brief.", "You are a parrot. Repeat.", ""]), keep=st.booleans())
+    def set_system(self, text: str, keep: bool) -> None:
         try:
-            n = self.cm.set_system(text)
+            n = self.cm.set_system(text, keep_cache=keep)
         except CapacityError:
             return
         assert n == self.cm.stats().prefix_tokens
@@ -271,10 +308,11 @@ class Conversations(RuleBasedStateMachine):
 
 class FakeConversations(Conversations):
     options: ClassVar[dict[str, Any]] = {}
+    radix: ClassVar[Any] = True
 
     def open(self) -> ContextManager:
         self.parts = fake_parts(**{"n_ctx": 400, "max_sessions": 3, "n_batch": 48, **self.options})
-        return ContextManager.over(self.parts)
+        return ContextManager.over(self.parts, radix=self.radix)
 
     def check_exact(self, session: Session) -> None:
         expected = fresh_logits(self.cm.capabilities, self.cm.tokens(session))
@@ -303,12 +341,21 @@ FAKES: dict[str, dict[str, Any]] = {
     "recurrent": {"kind": MemoryKind.RECURRENT},
     "hybrid": {"kind": MemoryKind.HYBRID},
     "one batch": {"n_batch": 400},
+    "tiny cache": {},
+    "tiny cache of states": {"kind": MemoryKind.RECURRENT},
+    "no cache": {},
+}
+RADIX: dict[str, Any] = {
+    "tiny cache": RadixOptions(max_bytes=3000, policy="gdsf"),
+    "tiny cache of states": RadixOptions(max_bytes=3000),
+    "no cache": False,
 }
 
 
 @pytest.mark.parametrize("name", FAKES)
 def test_random_use_over_fake_memory_is_exact(name: str) -> None:
-    machine = type(f"Fake_{name.replace(' ', '_')}", (FakeConversations,), {"options": FAKES[name]})
+    options, radix = dict(FAKES[name]), RADIX.get(name, True)
+    machine = type(f"Fake_{name.replace(' ', '_')}", (FakeConversations,), {"options": options, "radix": radix})
     run_state_machine_as_test(machine, settings=_settings(30, 30))
 
 
@@ -319,7 +366,7 @@ class RealConversations(Conversations):
     def open(self) -> ContextManager:
         self.path = model_path(self.model)
         return ContextManager.load(
-            self.path, **{"n_ctx": 512, "max_sessions": 3, "n_batch": 64, "n_threads": 1, **self.options}
+            self.path, **{"n_ctx": 512, "max_sessions": 2, "n_batch": 64, "n_threads": 1, **self.options}
         )
 
     def check_exact(self, session: Session) -> None:
@@ -332,6 +379,8 @@ class RealConversations(Conversations):
         ("llama-bpe", {}),
         ("llama-spm", {}),
         ("llama-bpe", {"kv_unified": False, "n_ctx": 1280}),
+        ("llama-bpe", {"flash_attn": False}),
+        ("llama-bpe", {"radix": RadixOptions(max_bytes=100_000)}),
         ("gemma3", {}),
         ("gemma3", {"swa_full": False}),
         ("mamba", {}),

@@ -363,13 +363,14 @@ class ContextManager:
     def fork(self, session: Session) -> Session:
         """A branch: the same messages (deep copies) and the same row, its cells shared. Nothing is decoded.
 
-        The branch has the parent's logits. Raises NoFreeSlot. A session without a row gives a branch without one.
+        The branch has the parent's logits. Raises NoFreeSlot. A session without a row gives a branch without one, a
+        parked one a branch that is parked.
         """
         with self._entry.gate(), self._entry.change:
-            self._bring_back(session, wants_logits=False)
             seat = self._seats.get(session, reading=True)
             twin = session.copy()
             if seat is None:
+                self._parking.park_twin(session, twin)
                 return twin
             self._store.reconcile(seat.row)
             child = self._parking.take_seat(twin, but=(session,))

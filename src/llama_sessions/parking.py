@@ -69,6 +69,13 @@ class Parking:
         self._parked[session] = Parked(tokens, seat.row.namespace, seat.n_prompt)
         self._seats.leave(session, seat)
 
+    def park_twin(self, session: Session, twin: Session) -> None:
+        """Let the branch of a parked session be parked like it."""
+        parked = self._parked.get(session)
+        if parked is not None:
+            self._parked[twin] = parked
+            twin.n_past = len(parked.tokens)
+
     def take_seat(self, session: Session, but: Collection[Session] = ()) -> Seat:
         """A seat with an empty row; another session is parked for it if need be. NoFreeSlot where none may be."""
         try:

@@ -42,7 +42,6 @@ class Seat:
     last_used: float = field(default_factory=time.monotonic)
     logits: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
 
-
     @property
     def is_begun(self) -> bool:
         """Whether somebody is in the middle of decoding its prompt."""

@@ -56,7 +56,7 @@ class RowStore:
         self.caps: Capabilities = context.capabilities
         self.rows: dict[int, Row] = {}
         self.sequences = Sequences(context, scratch)
-        self.copies_pending = False  # between streams llama.cpp copies at the next decode: until then no save or load
+        self._copies_pending = False  # between streams llama.cpp copies at the next decode: until then no save or load
         self.n_decodes = 0
         self.n_tokens_decoded = 0
         self.decode_seconds = 0.0
@@ -185,7 +185,7 @@ class RowStore:
             self.sequences.copy(src.seq_id, dst.seq_id)
         else:
             self.sequences.copy(src.seq_id, dst.seq_id, p0, p1)
-        self.copies_pending = not self.caps.unified
+        self._copies_pending = not self.caps.unified
         if whole_only and p1 < src.n:
             self.sequences.remove(dst.seq_id, p1)
         dst.write(p0, src.tokens[p0:p1], src.cells[p0:p1])
@@ -195,6 +195,16 @@ class RowStore:
             return False
         dst.suspect = None
         return True
+
+    def finish_copies(self) -> bool:
+        """Let llama.cpp do what it has put off, by decoding a token in the scratch; whether nothing is pending."""
+        scratch = self.sequences.scratch
+        if self._copies_pending and scratch is not None:
+            n_tokens = self.n_tokens_decoded
+            self.decode([Feed(Row(scratch), (0,), wants_logits=False)])
+            self.sequences.remove(scratch, 0)
+            self._n_unique, self.n_tokens_decoded = None, n_tokens  # it was nobody's token
+        return not self._copies_pending
 
     def decode(self, feeds: Sequence[Feed]) -> int:
         """One `llama_decode` of all feeds; returns its code. On 1 and -1 the rows are as before; on a compute failure
@@ -227,7 +237,7 @@ class RowStore:
         self.decode_seconds += seconds
         self.n_decodes += 1
         if code == 0:
-            self.copies_pending = False
+            self._copies_pending = False
             self.sequences.costs.note_decode(n_total, seconds)
             self.n_tokens_decoded += n_total
             end = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 
 from llama_sessions import Capabilities, MemoryKind, NoFreeSlot, Slots, StateError
-from llama_sessions.kv.plan import Plan, Share, Source, Wanted, can_be_cut, make_plan
+from llama_sessions.kv.blobs import BlobKind
+from llama_sessions.kv.costs import Costs
+from llama_sessions.kv.plan import Cached, Plan, Restore, Share, Source, Wanted, can_be_cut, make_plan
 from llama_sessions.kv.row import Row, common_prefix
+from llama_sessions.kv.segments import SegmentLayout
 from llama_sessions.types import TokenArray
 
 FULL = Capabilities(
@@ -296,3 +300,125 @@ def test_a_row_that_is_cut_is_written_over() -> None:
     row.n = 4
     assert row.tokens.tolist() == ids("abXY").tolist()
     assert row.cells.tolist() == [0, 1, 7, 8]
+
+
+# -- plan: what the cache has
+
+
+def planned(
+    target: str, own: str, live: str, n_cached: int, *, kind: BlobKind = BlobKind.RANGE, caps: Capabilities = FULL,
+    has_logits: bool = False, costs: Costs | None = None,
+) -> Plan:  # fmt: skip
+    others = [Source("live", 3, ids(live))] if live else []
+    cached = Cached(kind, n_cached, has_logits)
+    return make_plan(Wanted(ids(target)), Source("row", 2, ids(own)), others, caps, cached=cached, costs=costs)
+
+
+def test_what_the_cache_has_beyond_live_rows_is_restored() -> None:
+    assert planned("abcdefgh", "ab", "abcd", 6) == Plan(8, 2, Share("live", 3, 2, 4), Restore(4, 6))
+    assert planned("abcdefgh", "", "", 6) == Plan(8, 0, None, Restore(0, 6))
+    assert planned("abcdefgh", "abcdef", "", 6) == Plan(8, 6)  # live cells before copies
+
+
+def test_a_token_is_left_to_decode_after_a_restore() -> None:
+    assert planned("abcd", "", "", 4) == Plan(4, 0, None, Restore(0, 3))
+
+
+def test_whole_rows_are_restored_in_place_of_the_own_row() -> None:
+    plan = planned("abcdefgh", "ab", "abcd", 6, kind=BlobKind.ROW, caps=STREAMS)
+    assert plan == Plan(8, 0, None, Restore(0, 6))
+    assert plan.n_new_cells == 8
+    assert planned("abcdefgh", "abcdefg", "", 6, kind=BlobKind.ROW, caps=STREAMS) == Plan(8, 7)
+
+
+def test_a_state_at_the_very_end_needs_its_logits() -> None:
+    assert planned("abcd", "", "", 4, kind=BlobKind.STATE, caps=RECURRENT) == Plan(4, 0)
+    with_logits = planned("abcd", "", "", 4, kind=BlobKind.STATE, caps=RECURRENT, has_logits=True)
+    assert (with_logits.restore, with_logits.n_decode) == (Restore(0, 4), 0)
+    assert planned("abcdef", "", "", 4, kind=BlobKind.STATE, caps=RECURRENT).restore == Restore(0, 4)
+
+
+def test_a_window_may_lose_its_last_token() -> None:
+    assert planned("abcd", "", "", 4, kind=BlobKind.STATE, caps=WINDOW) == Plan(4, 0, None, Restore(0, 3))
+
+
+def measured(operation: float, restored: float, decoded: float) -> Costs:
+    costs = Costs()
+    costs.operation.add(operation)
+    costs.note_restore(100, 100 * restored)
+    costs.note_decode(100, 100 * decoded)
+    return costs
+
+
+def test_what_costs_more_than_it_brings_is_decoded() -> None:
+    dear = measured(operation=1e-3, restored=1e-6, decoded=2e-4)
+    assert planned("abcdefgh", "", "", 6, costs=dear) == Plan(8, 0)  # 1.2 ms of decoding, 2 ms of operations
+    assert planned("abcdefgh", "", "abcd", 0, costs=dear) == Plan(8, 0)
+    cheap = measured(operation=1e-5, restored=1e-6, decoded=2e-4)
+    assert planned("abcdefgh", "", "", 6, costs=cheap).restore == Restore(0, 6)
+    assert planned("abcdefgh", "", "abcd", 0, costs=cheap).share == Share("live", 3, 0, 4)
+
+
+def test_nothing_measured_means_that_reuse_is_worth_while() -> None:
+    assert Costs().is_worth_sharing(1)
+    assert Costs().is_worth_restoring(1)
+
+
+def test_averages_follow_what_is_measured() -> None:
+    costs = measured(operation=1.0, restored=1.0, decoded=1.0)
+    for _ in range(60):
+        costs.note_decode(50, 50 * 3.0)
+        costs.note_decode(1, 1000.0)  # one alone says nothing of many
+    assert costs.decode(2) == pytest.approx(6.0, rel=1e-3)
+
+
+# -- segments
+
+
+def a_blob(n: int, *, n_layer: int = 2, row: int = 5, first: int = 0) -> np.ndarray:
+    """As llama.cpp lays it out, with bytes that tell token and tensor."""
+    cells = b"".join(np.array([first + i, 1, 7], np.int32).tobytes() for i in range(n))
+    data = np.array([99, 7, 1, n], np.uint32).tobytes() + cells + np.array([0, n_layer], np.uint32).tobytes()
+    for tensor in range(2 * n_layer):
+        data += np.int32(1).tobytes() + np.uint64(row + tensor).tobytes()
+        data += b"".join(bytes([(17 * (first + i) + tensor) % 256]) * (row + tensor) for i in range(n))
+    return np.frombuffer(data, np.uint8).copy()
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9))
+def test_cuts_and_joins_are_what_a_save_of_the_part_would_be(n: int, a: int, b: int) -> None:
+    blob = a_blob(n)
+    layout = SegmentLayout.learn(blob)
+    assert layout is not None
+    assert layout.n_bytes(n) == len(blob)
+    a, b = sorted((a % (n + 1), b % (n + 1)))
+    if a < b:
+        np.testing.assert_array_equal(layout.cut(blob, a, b), a_blob(b - a, first=a))
+    parts = [(layout.cut(blob, 0, a), 0, a)] if a else []
+    parts += [(blob, a, n)] if a < n else []
+    joined = np.empty(len(blob), np.uint8)
+    layout.join(parts, joined)
+    np.testing.assert_array_equal(joined, blob)
+
+
+def test_cells_are_put_in_order() -> None:
+    blob = a_blob(4)
+    layout = SegmentLayout.learn(blob)
+    assert layout is not None
+    mixed = np.empty(len(blob), np.uint8)
+    layout.join([(blob, 2, 3), (blob, 0, 1), (blob, 3, 4), (blob, 1, 2)], mixed)
+    assert layout.positions(mixed).tolist() == [2, 0, 3, 1]
+    layout.put_in_order(mixed)
+    np.testing.assert_array_equal(mixed, blob)
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:10], lambda b: b[:-1], lambda b: np.append(b, np.uint8(0))], ids=str)
+def test_what_is_laid_out_otherwise_is_not_cut(change: Any) -> None:
+    assert SegmentLayout.learn(change(a_blob(3))) is None
+
+
+def test_v_transposed_or_several_streams_are_not_cut() -> None:
+    for at, value in ((8, 2), (16 + 12 * 3, 1)):
+        blob = a_blob(3)
+        blob[at] = value
+        assert SegmentLayout.learn(blob) is None

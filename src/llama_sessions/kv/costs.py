@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 _WEIGHT = 0.2  # of the newest measurement
-_MANY = 32  # tokens from which on a decode says what each of many costs
+_MANY = 32  # tokens from which on a decode, or a restore, says what each of many costs
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Costs:
             self.decoded_token.add(seconds / n_tokens)
 
     def note_restore(self, n_tokens: int, seconds: float) -> None:
-        if n_tokens:
+        if n_tokens >= _MANY:
             self.restored_token.add(seconds / n_tokens)
 
     def decode(self, n_tokens: int) -> float | None:

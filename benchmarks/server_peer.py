@@ -18,14 +18,17 @@ from peers import chat_turns
 
 
 def server(config: Result) -> Result:
-    """Slots keep each session's KV; idle slots stay where they are (`--no-cache-idle-slots`)."""
+    """Slots keep each session's KV; idle slots stay where they are (`--no-cache-idle-slots`).
+
+    With `n_slots`, fewer than sessions: the server chooses slots itself, and its prompt cache in RAM is on.
+    """
     port = _free_port()
     command = [
         config["llama_server"], "-m", config["model"], "--host", "127.0.0.1", "--port", str(port),
-        "-c", str(config["n_ctx"]), "-np", str(config["n_sessions"]), "--kv-unified",
+        "-c", str(config["n_ctx"]), "-np", str(config.get("n_slots", config["n_sessions"])), "--kv-unified",
         "-b", str(config["n_batch"]), "-ub", str(config["n_ubatch"]),
         "-t", str(config["n_threads"]), "-tb", str(config["n_threads"]), "-fa", "auto", "--no-repack",
-        "--no-cache-idle-slots", *config["server_options"],
+        *([] if "n_slots" in config else ["--no-cache-idle-slots"]), *config["server_options"],
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
     with tempfile.TemporaryFile() as log:
@@ -47,7 +50,7 @@ def _turns(config: Result, port: int, pid: int) -> Result:
             "stream": True,
             "max_tokens": config["n_reply"],
             "temperature": 0.0,
-            "id_slot": session,
+            **({} if "n_slots" in config else {"id_slot": session}),
             "cache_prompt": True,
             "logit_bias": [[t, False] for t in config["banned"]],
         }

@@ -42,6 +42,8 @@ SAID = {
     "06_wrap_existing_llama": ["Your name is Anelda.", "Your name is Borvin.", "Your cat is called Sulan.", "cached"],
     "07_tools": ["print{", "*** Your name is Marelo. ***", "'assistant', 'tool']", "\nYour name is Marelo."],
     "08_thinking": ["thinking 'You'", "content  'Your'", "'reasoning_content': ", "Your name is Marelo."],
+    "09_more_sessions_than_slots": ["20 people, 3 slots, 17 parked", "Your name is Ilmera.", "tokens restored"],
+    "10_shared_documents": ["Your horse is called Bemor.", "155 reused, 1 decoded", "cache [0, 144)", "[0, 144)"],
 }
 
 
@@ -70,6 +72,8 @@ def test_the_demo_tells_its_story_and_mixes_nothing_up() -> None:
     assert any("The password is velora." in line for line in anna)
     assert any("Your favourite drink is cocoa." in line for line in anna)
     assert any("You have not told me your favourite drink." in line for line in ben)
+    assert re.search(r"Anna is parked: \d+ cells freed, \d+ tokens saved", out)
+    assert "Your name is Anelda." in out.split("Anna is parked")[1]
     assert "Your list: candles, milk, rope." in out
     assert "Your list: candles, milk, soap." in out
     for line in anna + ben:

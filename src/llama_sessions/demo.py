@@ -63,6 +63,13 @@ class Demo:
         self.say("Ben", ben, "What is on my list?")
         self.say("Ben'", twin, "What is on my list?")
 
+        self.act("5. Anna leaves, and comes back: her row is parked, its cells are free, nothing is computed again")
+        cells = cm.stats().n_cells_unique
+        cm.park(anna)
+        print(f"  Anna is parked: {cells - cm.stats().n_cells_unique} cells freed, {anna.n_past} tokens saved")
+        self.say("Ben", ben, "Add bread to my list.")
+        self.say("Anna", anna, "What is my name?")
+
         self.act("Where everything is")
         print("  " + cm.describe().replace("\n", "\n  "))
         share = self.n_reused / (self.n_reused + self.n_decoded)

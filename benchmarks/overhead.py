@@ -187,10 +187,13 @@ def per_token(config: Result) -> Result:
 
 
 def import_times(n_rounds: int) -> dict[str, list[list[float]]]:
-    """(wall, CPU) seconds of an import in a fresh process, interleaved; bytecode is cached, as after installation."""
+    """(wall, CPU) seconds of an import in a fresh process, interleaved; bytecode is cached, as after installation.
+
+    CPU of the importing thread: numpy starts others, which spin for a while.
+    """
     code = (
-        "import time; t, c = time.perf_counter(), time.process_time(); import {0}; "
-        "print(time.perf_counter() - t, time.process_time() - c)"
+        "import time; t, c = time.perf_counter(), time.thread_time(); import {0}; "
+        "print(time.perf_counter() - t, time.thread_time() - c)"
     )
     found: dict[str, list[list[float]]] = {"llama_cpp": [], "llama_sessions": []}
     with tempfile.TemporaryDirectory() as bytecode:

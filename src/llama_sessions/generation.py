@@ -13,7 +13,6 @@ from contextlib import suppress
 from .errors import OptionError, StateError
 from .generation_options import GenerationOptions
 from .llama.sampler import Sampler
-from .llama.schema import gbnf_of_schema
 from .manager import ContextManager
 from .options import checked_text
 from .pending import NextToken, Pending, PromptChunk, Work
@@ -300,5 +299,7 @@ def _check_question(messages: list[Message], text: str | None, options: Generati
 def _grammar(cm: ContextManager, options: GenerationOptions) -> Constraint | None:
     """What the options ask the reply to be, compiled for this vocabulary."""
     if options.json_schema is not None:
+        from .llama.schema import gbnf_of_schema  # here: reading it is a fifth of the package's import
+
         return cm.grammar(gbnf_of_schema(options.json_schema))
     return None if options.grammar is None else cm.grammar(options.grammar)

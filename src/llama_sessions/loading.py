@@ -10,8 +10,8 @@ from typing import Any
 from .errors import OptionError
 from .llama import log
 from .llama.context import LlamaContext
-from .llama.grammar import Grammars
 from .llama.model import Model
+from .llama.vocab import LlamaVocab
 from .options import LoadOptions, checked_text
 from .types import Constraint, Context, Formatter, Message, Vocab
 
@@ -22,6 +22,21 @@ def _nothing() -> None:
 
 def _no_grammar(gbnf: str) -> Constraint:
     raise OptionError("there are no grammars without llama.cpp's own vocabulary")
+
+
+def _grammars(vocab: LlamaVocab) -> Callable[[str], Constraint]:
+    """Compiles grammars; what that needs is read when the first one is wanted: a fifth of the package's import."""
+    made: list[Any] = []
+
+    def new(gbnf: str) -> Constraint:
+        if not made:
+            from .llama.grammar import Grammars
+
+            made.append(Grammars(vocab))
+        grammar: Constraint = made[0].new(gbnf)
+        return grammar
+
+    return new
 
 
 class Untemplated:
@@ -72,7 +87,7 @@ def _parts_over(model: Model, options: LoadOptions, chat_template: str | None) -
         model.close()
 
     is_gone = (lambda: model.is_gone) if model.is_lent else None
-    return Parts(context, vocab, template, close, is_gone, Grammars(vocab).new)
+    return Parts(context, vocab, template, close, is_gone, _grammars(vocab))
 
 
 def adopt_parts(ctx: Any, vocab: Any, chat_template: str | None) -> Parts:
@@ -82,4 +97,4 @@ def adopt_parts(ctx: Any, vocab: Any, chat_template: str | None) -> Parts:
     context = LlamaContext.adopt(ctx, vocab)
     words = context.model.vocab()
     template = context.model.template(words, chat_template)
-    return Parts(context, words, template, words.close, grammar=Grammars(words).new)
+    return Parts(context, words, template, words.close, grammar=_grammars(words))

@@ -95,6 +95,14 @@ class ReplyParser:
             if text:
                 raise StateError(f"the reply has ended; {len(text)} characters came behind its final text")
             return []
+        if self._state == "content" and self._opener is None and not self._at_tag and not self._space:
+            # Nothing can follow but content: a token of a plain reply passes through.
+            self._over = final
+            self._text, self._at = "", 0
+            if not text:
+                return []
+            self._said["content"].append(text)
+            return [Part("content", text)]
         self._text, self._at, self._final, self._over = self._text[self._at :] + text, 0, final, final
         steps = {
             "start": self._read_start,

@@ -16,6 +16,8 @@ from .report import StepReport, StepResult
 from .seats import Seats
 from .session import Session
 
+_ONE_TOKEN = StepResult(1, True)
+
 
 @dataclass(slots=True)
 class _Task:
@@ -57,7 +59,7 @@ class Stepper:
         seconds = time.perf_counter() - started
         for task in tasks:
             results[task.session] = self._settle(task, code, seconds)
-        return StepReport(results, sum(r.n_decoded for r in results.values()), seconds)
+        return StepReport(results, sum([r.n_decoded for r in results.values()]), seconds)
 
     def _make_cells(self, work: tuple[Work, ...]) -> None:
         free = self._store.n_free_cells()
@@ -127,7 +129,7 @@ class Stepper:
             return StepResult(0, False, DecodeError("llama_decode", code, message, self._store.context.last_error))
         if isinstance(item, NextToken):
             session.note_appended(item.token, self._store.caps.fingerprint)
-            return StepResult(1, True)
+            return _ONE_TOKEN
         item.pending.decode_seconds += seconds
         if item.pending.done:
             session.last_prepare = item.pending.report()

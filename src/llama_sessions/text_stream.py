@@ -16,11 +16,20 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = tuple(stops)
         self._held = ""
-        self.text = ""
+        self._shown: list[str] = []
         self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All that was shown. Costs its length."""
+        return "".join(self._shown)
 
     def push(self, data: bytes, *, final: bool = False) -> str:
         """The text that `data` makes visible. `final`: nothing will follow, so nothing is held back."""
+        if not self._stops:
+            shown = self._decoder.decode(data, final)
+            self._shown.append(shown)
+            return shown
         if self.stopped:
             return ""
         self._held += self._decoder.decode(data, final)
@@ -32,7 +41,7 @@ class TextStream:
         else:
             keep = 0 if final else self._n_held_back()
             shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        self.text += shown
+        self._shown.append(shown)
         return shown
 
     def _n_held_back(self) -> int:

@@ -40,14 +40,15 @@ class _Inside:
         self.entry, self.before, self.after = entry, before, after
 
     def __enter__(self) -> None:
-        self.entry.enter()
+        entry = self.entry
+        entry.owner = threading.get_ident()
         try:
-            if self.entry.closed:  # somebody closed it while this call waited
-                self.entry.check()
+            if entry.closed:  # somebody closed it while this call waited
+                entry.check()
             if self.before is not None:
                 self.before()
         except BaseException:
-            self.entry.leave()
+            entry.leave()
             raise
 
     def __exit__(self, *exc: object) -> None:
@@ -78,7 +79,7 @@ class Entry:
         self.closed = False
         self._is_gone = is_gone
         self._closing = closing
-        self._owner: int | None = None  # the thread inside; only a hint once an interrupt has hit the way out
+        self.owner: int | None = None  # the thread inside; only a hint once an interrupt has hit the way out
         self._close_when_left = False
         self._before = before
         self._quiet = quiet
@@ -114,7 +115,7 @@ class Entry:
 
     def _is_inside(self) -> bool:
         """Whether the calling thread is in the middle of a call already."""
-        return self._owner == threading.get_ident() and self._lock.locked()
+        return self.owner == threading.get_ident() and self._lock.locked()
 
     def gate(self) -> threading.Lock:
         """The lock, for a call that may change something: `with entry.gate(), entry.change:`.
@@ -174,12 +175,8 @@ class Entry:
         log.capture.quiet = self._quiet
         self._before()
 
-    def enter(self) -> None:
-        """Called with the lock held."""
-        self._owner = threading.get_ident()
-
     def leave(self) -> None:
         """Called with the lock still held."""
-        self._owner = None
+        self.owner = None
         if self._close_when_left and not self.closed:
             self._close_now()

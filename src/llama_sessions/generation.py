@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from .errors import OptionError, StateError
 from .generation_options import GenerationOptions
+from .kv.row import Row
 from .llama.sampler import Sampler
 from .manager import ContextManager
 from .options import checked_text
@@ -27,7 +28,8 @@ _TAIL = 256  # characters of the prompt in which a reply header is looked for
 
 
 class Generation:
-    """A reply of one session. Call `start`; then, until `reply` is there: `work`, a step of it, `chunks`.
+    """A reply of one session. Call `start`; then, until `reply` is there: `work`, a step of it, and `chunks` of what
+    `choose` makes of the logits.
 
     Whatever ends it (`finish`, `fail`) leaves the session with what was said, and lets its row go.
     """
@@ -59,6 +61,9 @@ class Generation:
         self._asked: Message | None = None
         self._partial: str | None = None  # what the message to continue said before
         self._pending: Pending | None = None
+        self._row: Row | None = None  # the pending prompt's
+        self._n_prompt = 0
+        self._most = cm.capabilities.n_row_max
         self._started = 0.0
         self._first_token_s = 0.0
 
@@ -95,6 +100,7 @@ class Generation:
             self._pending = cm.begin(session, holder=self.holder, continue_last=options.continue_last)
             if not self._pending.wants_logits:
                 raise OptionError("there is nothing to answer: only a system text; pass a text, or add a user message")
+            self._row, self._n_prompt = self._pending.row, self._pending.n_tokens
             self._sampler.begin(self._pending.tokens)
             thinks = cm.reply_format.starts_thinking(self._pending.rendered.tail(_TAIL))
             parser = ReplyParser(cm.reply_format, tools=bool(session.tools), thinking_open=thinks)
@@ -105,10 +111,11 @@ class Generation:
 
     def work(self, n_tokens: int) -> Work | None:
         """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
-        pending, tokens = self._begun(), self._speech.tokens
-        if not tokens and not pending.done:
-            return PromptChunk(pending, n_tokens)
-        n_decoded = pending.row.n - pending.n_tokens
+        tokens, row = self._speech.tokens, self._row
+        if not tokens or row is None:
+            pending = self._begun()
+            return None if pending.done else PromptChunk(pending, n_tokens)
+        n_decoded = row.n - self._n_prompt
         return NextToken(self.session, tokens[n_decoded]) if n_decoded < len(tokens) else None
 
     def _begun(self) -> Pending:
@@ -116,10 +123,9 @@ class Generation:
             raise StateError("the generation was not started")
         return self._pending
 
-    def chunks(self) -> list[Chunk]:
-        """Sample a token from the logits that are ready: a chunk of it, one more for each further kind of text in it.
-        Ends the reply where that token does."""
-        token = self._cm.read_logits(self.session, self._choose, holder=self.holder)
+    def chunks(self, token: int | None) -> list[Chunk]:
+        """What a chosen token gives: a chunk, and one more for each further kind of text in it. Ends the reply where
+        that token does."""
         if not self._first_token_s:
             self._first_token_s = time.perf_counter() - self._started
         if token is None and self._grammar is not None:
@@ -132,21 +138,19 @@ class Generation:
         vocab, speech = self._cm.vocab, self._speech
         if vocab.is_eog(token):
             return self._last_chunks(token, [], "stop")
-        self._n_thinking += speech.is_thinking
         parts = speech.push(token, vocab.piece(token))
         if speech.stopped:
             return self._last_chunks(token, parts, "stop_string")
-        most = self._cm.capabilities.n_row_max
-        at_the_wall = most is not None and self._begun().row.n >= most
+        at_the_wall = self._row is not None and self._most is not None and self._row.n >= self._most
         if len(speech.tokens) >= self._options.max_tokens or at_the_wall:
             return self._last_chunks(token, parts, "length")
         return self._as_chunks(token, parts)
 
-    def _choose(self, logits: FloatArray) -> int | None:
-        """The next token, by force or by the sampler, noted with its log-probability."""
+    def choose(self, logits: FloatArray) -> int | None:
+        """The next token, by force or by the sampler, noted with its log-probability; for `chunks`."""
         options, speech = self._options, self._speech
-        budget = options.think_budget
-        if budget is not None and speech.is_thinking and not self._forced and self._n_thinking >= budget:
+        thinks, budget = speech.is_thinking, options.think_budget
+        if budget is not None and thinks and not self._forced and self._n_thinking >= budget:
             closing = self._cm.reply_format.think_close
             self._forced.extend(self._cm.vocab.tokenize(closing, special=True).tolist())
         token: int | None
@@ -154,7 +158,8 @@ class Generation:
             token = forced = self._forced.popleft()
             self._sampler.accept(forced)
         else:
-            token = self._sampler.sample(logits, None if speech.is_thinking else self._grammar)
+            token = self._sampler.sample(logits, None if thinks else self._grammar)
+        self._n_thinking += thinks
         if token is not None and options.logprobs is not None:
             own, best = logprobs_of(logits, token, options.logprobs)
             piece = self._cm.vocab.piece

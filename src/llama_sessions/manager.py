@@ -310,6 +310,14 @@ class ContextManager:
             raise result.error
         return result
 
+    def step_and_read(self, item: NextToken, read: Callable[[FloatArray], T], *, holder: object | None = None) -> T:
+        """`step_one` and then `read_logits`, as one call: half the way through the door, once a token."""
+        with self._entry.gate(), self._entry.change:
+            (result,) = self._stepper.step(self._stepper.checked((item,)), holder).results.values()
+            if result.error is not None:
+                raise result.error
+            return self._read(item.session, read, holder)
+
     def append(self, session: Session, token: int) -> None:
         """Decode one token at `n_past`. No room: ContextOverflow (own length) or CapacityError (cells); row unchanged.
 
@@ -342,11 +350,14 @@ class ContextManager:
     def read_logits(self, session: Session, read: Callable[[FloatArray], T], *, holder: object | None = None) -> T:
         """What `read` makes of the session's (n_vocab,) float32 logits, which are not copied and not to be kept."""
         with self._entry.gate(), self._entry.use:
-            seat = self._seats.get(session, holder)
-            if seat is None:
-                raise StateError("the session has no row; call prepare first")
-            self._store.reconcile(seat.row)
-            return read(self._store.logits(seat.row))
+            return self._read(session, read, holder)
+
+    def _read(self, session: Session, read: Callable[[FloatArray], T], holder: object | None) -> T:
+        seat = self._seats.get(session, holder)
+        if seat is None:
+            raise StateError("the session has no row; call prepare first")
+        self._store.reconcile(seat.row)
+        return read(self._store.logits(seat.row))
 
     def tokens(self, session: Session) -> TokenArray:
         """(n_past,) int32, read-only copy of the row's token ids, appended ones included; also of a parked session."""

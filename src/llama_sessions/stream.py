@@ -10,6 +10,7 @@ from types import TracebackType
 from .errors import Cancelled, StateError
 from .generation import Generation
 from .manager import ContextManager
+from .pending import NextToken
 from .reply import Chunk, Reply
 
 
@@ -59,24 +60,33 @@ class Stream(Iterator[Chunk]):
         try:
             if is_new and not self._stop:
                 generation.start()
-            why = self._decode()
+            if generation.pending is not None:
+                self._decode_prompt()
+            why = self._why_stop()
         except Cancelled:
             why = "cancelled"
-        return generation.chunks() if why is None else [Chunk("", None, generation.finish(why))]
+        if why is not None:
+            return [Chunk("", None, generation.finish(why))]
+        cm, work = self._cm, generation.work(1)
+        if isinstance(work, NextToken):
+            token = cm.step_and_read(work, generation.choose, holder=generation.holder)
+        else:
+            token = cm.read_logits(generation.session, generation.choose, holder=generation.holder)
+        why = self._why_stop()
+        return generation.chunks(token) if why is None else [Chunk("", None, generation.finish(why))]
 
-    def _decode(self) -> str | None:
-        """Whatever the next chunk needs: the rest of the prompt, or the last token. Returns why it is to end here."""
+    def _decode_prompt(self) -> None:
+        """The rest of the prompt, chunk by chunk, as long as nothing says stop."""
         generation, n_batch = self._generation, self._cm.capabilities.n_batch
         pending = generation.pending
-        if pending is not None:
+        while pending is not None and self._why_stop() is None:
             self._cm.ask_progress(pending)
-        while (why := self._why_stop()) is None and (work := generation.work(n_batch)) is not None:
-            self._cm.step_one(work, holder=generation.holder)
-            if pending is None:  # that was the last token: its logits are what is wanted
-                break
-            self._cm.ask_progress(pending)
+            work = generation.work(n_batch)
+            if work is not None:
+                self._cm.step_one(work, holder=generation.holder)
+            if generation.pending is None:
+                self._cm.ask_progress(pending)
             pending = generation.pending
-        return why
 
     def _why_stop(self) -> str | None:
         return "cancelled" if self._stop else "timeout" if self._generation.is_late else None

@@ -52,7 +52,7 @@ class Together:
                     raise result.error
         for generation in self._running:
             if generation.work(1) is None:
-                generation.chunks()
+                generation.chunks(self._cm.read_logits(generation.session, generation.choose, holder=self))
         self._running = [g for g in self._running if g.reply is None]
 
 

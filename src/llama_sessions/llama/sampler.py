@@ -24,7 +24,7 @@ _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 _BLOCK = 128  # logits
 _TRIED = 8  # times as many of the best are tried alone with a grammar
 _STALE = 32  # times as many say that the floor is too low
-_AIM = 4  # times as many contenders as are needed: so that the same floor serves the next tokens too
+_AIM = 3  # times as many contenders as are needed: so that the same floor serves the next tokens too
 
 
 def floor_for(logits: FloatArray, k: int) -> float:

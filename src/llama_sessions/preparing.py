@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
+from typing import TYPE_CHECKING
 
-from .kv.cache import KvMatch
 from .kv.plan import Plan
 from .kv.prefix import Prefix
 from .kv.slots import Slots
@@ -20,6 +20,9 @@ from .report import Preview, Stretch
 from .seats import Seat, Seats
 from .session import Session
 from .types import TokenArray
+
+if TYPE_CHECKING:
+    from .kv.cache import KvMatch
 
 
 class Preparer:

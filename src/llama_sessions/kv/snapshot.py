@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,12 +12,14 @@ from ..options import RadixOptions
 from ..report import RadixStats
 from ..types import ByteArray, Capabilities, MemoryKind, TokenArray
 from .blobs import BlobKind, BlobPart
-from .cache import KvMatch, RadixCache
 from .node import Match
 from .plan import Cached, Plan, first_seen
 from .row import Row
 from .segments import SegmentLayout
 from .store import Feed, RowStore
+
+if TYPE_CHECKING:
+    from .cache import KvMatch, RadixCache
 
 logger = logging.getLogger("llama_sessions")
 
@@ -77,6 +80,8 @@ class Snapshots:
         if options is not None:
             if self.kind is BlobKind.RANGE:
                 self._layout = self._proven_layout()
+            from .cache import RadixCache  # here: reading it is a fifth of the package's import
+
             cost = self._seconds if self.kind is BlobKind.RANGE else None
             self._cache = RadixCache(options, kind=self.kind, cutter=self._layout, cost=cost)
             self._take_stock()

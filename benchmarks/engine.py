@@ -13,7 +13,6 @@ turns with each pair. What counts is time from the first token on; ratios are me
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import llama_cpp
 from bare import Bare, plain_buffers, sampler_chain
-from harness import Result, interleaved, say, serve_part, spread, table, write_json
+from harness import Result, described, interleaved, say, serve_part, spread, table, write_json
 from workload import SHAPES, model_file, text
 
 SCHEMA = {
@@ -157,10 +156,7 @@ TITLES = {
 def main() -> int:
     if serve_part(PARTS):
         return 0
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=64, help="of a reply (default: %(default)s)")

@@ -6,6 +6,7 @@ stdin and takes the JSON that it prints last. Interleaving (a b c, c b a, ...) s
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -20,6 +21,14 @@ from typing import Any
 
 Result = dict[str, Any]
 Part = Callable[[Result], Result]
+
+
+def described(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the docstring of a benchmark."""
+    summary, _, rest = (doc or "").partition("\n")
+    return argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def run_part(script: str, part: str, config: Mapping[str, Any]) -> Result:

@@ -10,7 +10,6 @@ words, so its text becomes the same tokens again, and it never ends a turn. Need
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from dataclasses import dataclass, fields, replace
@@ -21,6 +20,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 
+from harness import described
 from random_gguf.transformer import Shape, decoder
 from random_gguf.vocab import CHATML, byte_level_bpe, n_used
 from random_gguf.weights import Kind, Metadata, Weight, write_gguf
@@ -78,10 +78,7 @@ def _speaking(table: Weight, tokenizer: Metadata) -> Embedding:
 
 
 def main() -> None:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("path", type=Path)
     names = [field.name for field in fields(Shape)]
     for name in names:

@@ -27,7 +27,7 @@ from typing import Any
 
 import llama_cpp
 from bare import Bare, sampler_chain
-from harness import Result, interleaved, say, serve_part, spread, table, write_json
+from harness import Result, described, interleaved, say, serve_part, spread, table, write_json
 from workload import model_file, text
 
 TARGETS = {"prepare": 2.0, "token": 0.1, "import": 50.0, "prefill": 2.0}  # ms, ms, ms, %
@@ -322,10 +322,7 @@ def run(args: argparse.Namespace) -> tuple[list[list[object]], Result]:
 def main() -> int:
     if serve_part(PARTS):
         return 0
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--only", default=",".join(TARGETS), help="some of: %(default)s")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: to try, not to quote")
     parser.add_argument("--threads", type=int, default=2, help="for the 0.5B shape; the tiny ones use 1")

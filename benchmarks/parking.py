@@ -14,7 +14,6 @@ stem    100 requests that share a 1,000-token stem, which is no system prompt: i
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import statistics
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from harness import Result, interleaved, median, run_part, say, serve_part, table, write_json
+from harness import Result, described, interleaved, median, run_part, say, serve_part, table, write_json
 from server_peer import server
 from workload import WORDS, model_file, text
 
@@ -154,10 +153,7 @@ PARTS = {
 def main() -> int:
     if serve_part(PARTS):
         return 0
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)

@@ -16,7 +16,7 @@ from typing import Any
 
 import peers
 from bare import Bare
-from harness import Result, interleaved, median, ratio, run_part, say, serve_part, spread, table, write_json
+from harness import Result, described, interleaved, median, ratio, run_part, say, serve_part, spread, table, write_json
 from server_peer import server
 from workload import SHAPES, model_file, text, user_texts
 
@@ -98,10 +98,7 @@ def configured(args: argparse.Namespace) -> Result:
 
 
 def arguments() -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     add: Any = parser.add_argument
     add("--model", help="a GGUF of yours; its end of generation is banned by logit_bias on every side")
     add("--shape", choices=SHAPES, default="0.5b", help="random weights of this shape (default: 0.5b)")

@@ -895,5 +895,7 @@ def test_a_session_that_is_dropped_after_a_chat_gives_its_slot_back_at_once(engi
             list(engine.stream(session, "Who?", max_tokens=2))
             engine.chat(session, "And?", max_tokens=2, grammar="root ::= [a-z]+")
             del session
+        cm.check_integrity()
+        assert (cm.stats().n_sessions, cm.stats().n_parked) == (0, 0)
     finally:
         gc.enable()

@@ -175,3 +175,25 @@ def test_info_warns_of_what_a_template_does(load: Loader) -> None:
     for text in ("refuses a system text", "rewrites its past", "writes no control tokens"):
         assert text in warnings
     assert list(template_warnings(load())) == []
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("n_words", [20, 600])
+def test_a_long_prompt_shows_its_progress_on_a_terminal_and_clears_it(load: Loader, n_words: int) -> None:
+    cm, out = load(n_ctx=2048), Screen()
+    lines = iter(["word " * n_words])
+
+    def ask(prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    Terminal(cm, ask, out, max_tokens=2, logit_bias=only_text(cm)).run()
+    text = out.getvalue()
+    assert ("reading" in text) == (n_words > 256)
+    assert text.count("\r\033[K") == (1 if n_words > 256 else 0)  # cleared once, before the reply

@@ -37,6 +37,7 @@ class Terminal:
         self._out = out
         self._options = options
         self._in_colour = out.isatty()
+        self._shows_progress = False
         self._sessions = [Session()]
         self._at = 0
         self._commands: dict[str, Callable[[str], None]] = {
@@ -123,8 +124,10 @@ class Terminal:
 
     def _progress(self, done: int, total: int, session: Session) -> None:
         """A line that shows how far a long prompt is, on a terminal."""
-        if (self._in_colour and total - session.n_past > _LONG_PROMPT) or (self._in_colour and 0 < done < total):
-            self._say(f"\r{_DIM}reading {done} of {total} tokens{_PLAIN}\033[K", end="" if done < total else "\r\033[K")
+        if self._in_colour and (self._shows_progress or total - done > _LONG_PROMPT):
+            self._shows_progress = done < total
+            line = f"{_DIM}reading {done} of {total} tokens{_PLAIN}" if self._shows_progress else ""
+            self._say(f"\r{line}\033[K", end="")
 
     # -- commands
 

@@ -384,3 +384,113 @@ def test_a_second_stream_on_one_session_is_refused_and_hurts_nobody(load: Loader
     rest = list(first)
     assert rest[-1].reply is not None
     assert [m["role"] for m in session.messages] == ["user", "assistant"]
+
+
+# -- what a review found
+
+
+def asked(session: Session) -> list[str]:
+    return [m["content"] for m in session.messages if m["role"] == "user"]
+
+
+def test_two_stateless_streams_at_once_never_share_a_session(load: Loader) -> None:
+    cm = load(n_ctx=2048)
+    engine, plain = Engine(cm), only_text(cm)
+    rules = {"role": "system", "content": "Rules."}
+    engine.chat(messages=[rules, {"role": "user", "content": "warm"}], max_tokens=3, logit_bias=plain)
+    streams = [
+        engine.stream(messages=[rules, {"role": "user", "content": f"I am {name}."}], max_tokens=4, logit_bias=plain)
+        for name in ("Ann", "Ben")
+    ]
+    for _ in zip(*streams, strict=False):
+        pass
+    sessions = [stream._generation.session for stream in streams]
+    assert [asked(session) for session in sessions] == [["I am Ann."], ["I am Ben."]]
+
+
+def test_stateless_calls_from_threads_answer_their_own_messages(load: Loader) -> None:
+    cm = load(n_ctx=4096, max_sessions=4)
+    engine, plain = Engine(cm), only_text(cm)
+    wrong: list[Any] = []
+
+    def work(name: str) -> None:
+        messages = [{"role": "system", "content": "Rules."}]
+        for turn in range(8):
+            messages.append({"role": "user", "content": f"{name} {turn}"})
+            stream = engine.stream(messages=messages, max_tokens=2, logit_bias=plain)
+            for _ in stream:
+                pass
+            if asked(stream._generation.session) != [f"{name} {i}" for i in range(turn + 1)]:
+                wrong.append((name, turn))
+            assert stream.reply is not None
+            messages.append({"role": "assistant", "content": stream.reply.text})
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ABCD"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+
+
+def test_a_refused_stateless_call_leaves_what_is_known(load: Loader) -> None:
+    cm = load(max_sessions=1)
+    engine = Engine(cm)
+    engine.chat(messages=history(1), max_tokens=2)
+    before = cm.stats().n_cells_unique
+    for refused in ({"grammar": "root ::= ("}, {"continue_last": True}):
+        with pytest.raises(OptionError):
+            engine.chat(messages=[{"role": "user", "content": "other"}], **refused)
+    with pytest.raises(OptionError, match="there is nothing to answer"):
+        engine.chat(messages=history(2))
+    assert cm.stats().n_cells_unique == before
+
+
+def test_reasoning_that_a_caller_brings_counts(load: Loader) -> None:
+    engine = Engine(load())
+    said = {"role": "assistant", "content": "yes"}
+    talk = [history(1)[0], {**said, "reasoning_content": "first"}, {"role": "user", "content": "x"}]
+    engine.chat(messages=talk, max_tokens=2)
+    other = [talk[0], {**said, "reasoning_content": "other"}, talk[2]]
+    stream = engine.stream(messages=other, max_tokens=2)
+    list(stream)
+    assert stream._generation.session.messages[1]["reasoning_content"] == "other"
+
+
+@pytest.mark.parametrize("text", ["Use <|im_end|> here", "a <|im_end|> b ", "<|im_start|>"])
+def test_special_token_text_in_a_partial_message_is_not_written_twice(load: Loader, text: str) -> None:
+    cm = load()
+    session = Session("")
+    session.add_user("What?")
+    session.add_assistant(text)
+    reply = Engine(cm).chat(session, continue_last=True, max_tokens=2)
+    prompt = b"".join(map(cm.vocab.piece, cm.tokens(session)[: reply.n_prompt].tolist())).decode()
+    assert prompt.endswith("<|im_start|>assistant\n" + text)
+
+
+def test_a_continuation_is_kept_when_the_manager_is_closed_under_it(load: Loader) -> None:
+    cm = load()
+    engine, session = Engine(cm), Session()
+    session.add_user("What?")
+    session.add_assistant("It is")
+    stream = scripted(engine, session, None, " so and so", continue_last=True)
+    shown = next(stream).text + next(stream).text
+    cm.close()
+    with pytest.raises(StateError):
+        next(stream)
+    assert session.messages[-1]["content"] == "It is" + shown
+
+
+def test_a_question_that_is_gone_when_the_stream_starts_is_an_error(load: Loader) -> None:
+    engine, session = Engine(load()), Session()
+    session.add_user("x")
+    stream = engine.stream(session)
+    session.messages.clear()
+    with pytest.raises(OptionError, match="there is nothing to answer"):
+        next(stream)
+
+
+@pytest.mark.parametrize("call", [lambda e: e.replies("x", "hi"), lambda e: e.regenerate(None)])
+def test_what_is_no_session_is_said_to_be_none(load: Loader, call: Any) -> None:
+    with pytest.raises(OptionError, match="a Session is wanted"):
+        call(Engine(load()))

@@ -10,8 +10,9 @@ import llama_cpp
 import pytest
 from models import model_path
 from oracle import oracle_for
+from scripted import only_text
 
-from llama_sessions import ContextManager, Engine, OptionError, Session, StateError
+from llama_sessions import ContextManager, Engine, ModelError, OptionError, Session, StateError
 
 PROMPT = "Once upon a time"
 
@@ -45,7 +46,7 @@ def test_it_keeps_the_llama_alive() -> None:
         llama_cpp.Llama(str(model_path("llama-bpe")), n_ctx=256, n_threads=1, verbose=False), n_ctx=256, n_threads=1
     )
     gc.collect()
-    assert Engine(cm).complete("Who?", max_tokens=3).n_generated == 3
+    assert Engine(cm).complete("Who?", max_tokens=3, logit_bias=only_text(cm)).n_generated == 3
     cm.close()
 
 
@@ -58,6 +59,8 @@ def test_a_llama_closed_first_is_said_and_nothing_crashes(llm: llama_cpp.Llama) 
     for call in (lambda: cm.prepare(session), cm.stats, lambda: cm.tokens(session)):
         with pytest.raises(StateError, match="the Llama whose weights this manager uses was closed"):
             call()
+    with pytest.raises(StateError, match="the vocabulary belongs to a manager that is closed"):
+        cm.vocab.tokenize("hello")
     cm.close()
     assert cm.is_closed
     with pytest.raises(OptionError, match="the Llama is closed"):
@@ -76,3 +79,9 @@ def test_a_llama_closed_first_is_said_and_nothing_crashes(llm: llama_cpp.Llama) 
 def test_wrong_arguments_are_refused(llm: llama_cpp.Llama, given: Any, options: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         ContextManager.from_llama(given or llm, **options)
+
+
+def test_a_llama_without_weights_is_refused() -> None:
+    llm = llama_cpp.Llama(str(model_path("llama-bpe")), vocab_only=True, verbose=False)
+    with pytest.raises(ModelError, match="it has no weights"):
+        ContextManager.from_llama(llm)

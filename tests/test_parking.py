@@ -17,6 +17,7 @@ from scripted import only_text
 from llama_sessions import (
     ContextManager,
     Engine,
+    NextToken,
     NoFreeSlot,
     OptionError,
     RadixOptions,
@@ -25,6 +26,7 @@ from llama_sessions import (
     StateError,
 )
 from llama_sessions.kv.costs import Costs
+from llama_sessions.kv.sequences import Sequences
 from llama_sessions.llama.context import LlamaContext
 from llama_sessions.testing import FakeContext, fake_parts, fresh_logits
 
@@ -582,3 +584,118 @@ def test_the_fake_memory_gets_a_save_before_its_copies_wrong() -> None:
     cm.park(session)
     np.testing.assert_array_equal(cm.logits(session), fresh_logits(cm.capabilities, cm.tokens(session)))
     assert cm.stats().radix.kind == "range"
+
+
+# -- what a review found
+
+
+def fake(**options: Any) -> tuple[ContextManager, FakeContext]:
+    parts = fake_parts(n_ctx=600, max_sessions=2)
+    assert isinstance(parts.context, FakeContext)
+    return ContextManager.over(parts, **options), parts.context
+
+
+def test_an_interrupted_return_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    cm, _ = fake()
+    session = said("hi")
+    cm.prepare(session)
+    for i in range(100):
+        cm.append(session, 65 + i % 20)
+    tokens = cm.tokens(session).tolist()
+    cm.park(session)
+    cm.clear_radix()
+    real, calls = FakeContext.decode, iter(range(100))
+
+    def interrupted(self: FakeContext, runs: Any) -> int:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, runs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeContext, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cm.append(session, 90)
+    assert cm.tokens(session).tolist() == tokens
+    cm.append(session, 90)
+    assert cm.tokens(session).tolist() == [*tokens, 90]
+    np.testing.assert_array_equal(cm.logits(session), fresh_logits(cm.capabilities, cm.tokens(session)))
+
+
+def test_a_session_is_not_parked_at_the_end_of_its_own_long_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    cm, _ = fake(idle_park_after_s=0.02)
+    real = FakeContext.decode
+
+    def slow(self: FakeContext, runs: Any) -> int:
+        time.sleep(0.04)
+        return real(self, runs)
+
+    monkeypatch.setattr(FakeContext, "decode", slow)
+    session = said("hi " * 60)
+    assert cm.prepare(session) == session.n_past
+    assert cm.stats().n_sessions == 1
+
+
+def test_a_prompt_stays_done_when_its_session_is_parked() -> None:
+    cm, _ = fake()
+    first, second, third = said("a"), said("b"), said("c")
+    for session in (first, second):
+        cm.prepare(session)
+    pending = cm.begin(first)
+    assert pending.done
+    cm.prepare(third)
+    cm.prepare(second)
+    assert pending.done
+    assert len(cm.logits(first))
+
+
+def test_a_return_within_a_step_hurts_nobody_else_in_it() -> None:
+    cm, _ = fake()
+    live, parked, other = said("live"), said("parked"), said("other")
+    for session in (parked, live, other):
+        cm.prepare(session)  # the first is parked for the third
+    cm.pin(other)
+    report = cm.step([NextToken(live, 65), NextToken(parked, 66)])
+    assert report.results[live].error is None
+    assert isinstance(report.results[parked].error, NoFreeSlot)
+    assert cm.tokens(live)[-1] == 65
+    cm.pin(other, False)
+    report = cm.step([NextToken(live, 65), NextToken(parked, 66)])
+    assert all(result.error is None for result in report.results.values())
+    np.testing.assert_array_equal(cm.logits(parked), fresh_logits(cm.capabilities, cm.tokens(parked)))
+
+
+def test_what_a_prompt_restores_is_not_pushed_out_by_what_it_drops(load: Loader) -> None:
+    bytes_per_token = load().capabilities.kv_bytes_per_token + 12
+    cm = load(n_ctx=2048, n_batch=512, radix=RadixOptions(max_bytes=300 * bytes_per_token))
+    first, second = said("bravo " * 40 + "~" * 100), said("alpha " * 40 + "#" * 100)
+    cm.prepare(first)
+    cm.prepare(second)
+    cm.release(first)
+    second.messages[0]["content"] = first.messages[0]["content"]
+    cm.prepare(second)
+    assert "cache" in sources(second)
+    assert_exact(cm, second)
+
+
+def test_an_interrupt_between_a_copy_of_streams_and_its_note_stays_exact(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cm = load(kv_unified=False, n_ctx=2048)
+    first, second = said("Who are you? " * 8), said("Something else altogether. " * 5)
+    cm.prepare(second)
+    cm.park(second)
+    cm.prepare(first)
+    real = Sequences.copy
+
+    def interrupted(self: Sequences, *args: Any) -> None:
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sequences, "copy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cm.fork(first)
+    gc.collect()
+    cm.prepare(second)
+    assert_exact(cm, second)
+    cm.check_integrity()

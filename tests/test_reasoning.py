@@ -219,3 +219,43 @@ def test_run_tools_checks_what_it_is_given(load: Loader, functions: Any, tools: 
     with pytest.raises(OptionError, match=message):
         Engine(load()).run_tools(session, functions, "x")
     assert session.messages == []
+
+
+def test_a_continued_message_gets_its_calls(load: Loader) -> None:
+    engine, session = Engine(load(chat_template=QWEN)), Session(tools=TOOLS)
+    session.add_user("2 + 3?")
+    session.add_assistant("Let me see. ")
+    reply = list(scripted(engine, session, None, CALL, continue_last=True))[-1].reply
+    assert reply is not None
+    session.add_tool_result("5", reply.tool_calls[0]["id"])
+    assert session.messages[1]["tool_calls"] == list(reply.tool_calls)
+    reply.tool_calls[0]["function"]["name"] = "x"  # type: ignore[index]
+    assert session.messages[1]["tool_calls"][0]["function"]["name"] == "add"
+
+
+def test_run_tools_checks_its_limit_first_and_survives_odd_results(load: Loader) -> None:
+    engine, session = Engine(load(chat_template=QWEN)), Session(tools=TOOLS)
+    with pytest.raises(OptionError, match="max_rounds must be at least 1"):
+        engine.run_tools(session, {}, "x", max_rounds=0)
+    assert session.messages == []
+    calling(engine, session, [CALL, "Well."])
+    assert engine.run_tools(session, {"add": lambda a, b: "file-\udcff"}, "2 + 3?").text == "Well."
+    assert session.messages[2]["content"] == "file-?"
+
+
+def test_a_grammar_holds_for_tags_that_no_header_opened(load: Loader) -> None:
+    reply = Engine(load()).complete("x", grammar='root ::= "<think>" [a-c]{3} "</think>" "yes"', seed=1)
+    assert (reply.text, len(reply.thinking)) == ("yes", 3)
+    assert set(reply.thinking) <= set("abc")
+
+
+@pytest.mark.parametrize("calls", [5, [1], "x", [{"function": None}], [{"id": [], "function": {}}]])
+def test_tool_calls_that_are_none_are_refused(load: Loader, calls: Any) -> None:
+    session = Session()
+    session.add_user("x")
+    session.messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+    session.add_user("y")
+    with pytest.raises(OptionError, match="the tool_calls of message 1"):
+        load().prepare(session)
+    with pytest.raises(OptionError, match="the tool_calls of message 1"):
+        session.add_tool_result("5", "a")

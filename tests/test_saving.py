@@ -93,6 +93,8 @@ def test_trust_and_raw_text_are_saved() -> None:
         (lambda d: d | {"system": 7}, "system must be text"),
         (lambda d: d | {"raw": 7}, "raw must be True or False"),
         (lambda d: d | {"replies": [7]}, "reply 0 must be a dict"),
+        (lambda d: d | {"replies": 7}, "'replies' must be a list"),
+        (lambda d: d | {"replies": None}, "'replies' must be a list"),
         (lambda d: d | {"replies": [{"message": 99}]}, "'message' of reply 0 must be from 0 to 4"),
         (lambda d: d | {"replies": [{"message": 1, "ids": 7}]}, "'ids' of reply 0 must be a list"),
         (lambda d: d | {"replies": [{"message": 1, "ids": [-1]}]}, "an id of reply 0 must be"),
@@ -112,3 +114,11 @@ def test_ids_outside_the_vocabulary_are_harmless(load: Loader) -> None:
     session = Session.from_dict(saved)
     cm.prepare(session)
     oracle_for(model_path("llama-bpe")).assert_exact(cm.logits(session), cm.tokens(session))
+
+
+def test_ids_of_numpy_are_saved_as_numbers(load: Loader) -> None:
+    cm = load()
+    session = Session()
+    session.add_user("x")
+    session.add_reply("the", cm.vocab.tokenize("the"), model=cm.capabilities.fingerprint)
+    assert json.loads(json.dumps(session.to_dict()))["replies"][0]["ids"] == cm.vocab.tokenize("the").tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from .errors import OptionError, StateError
@@ -48,12 +49,23 @@ class Engine:
         if messages is not None:
             if session is not None or text is not None:
                 raise OptionError("pass a session (and a text), or messages; not both")
-            session = self._conversations.session_for(messages, tools)
-        elif tools is not None:
+            return self._stateless(messages, tools, checked)
+        if tools is not None:
             raise OptionError("tools go with messages; a session has its own: Session(tools=...)")
         if not isinstance(session, Session):
             raise OptionError(f"a Session is wanted, not {session!r}")
         return Stream(self.cm, Generation(self.cm, session, text, checked))
+
+    def _stateless(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, options: GenerationOptions
+    ) -> Stream:
+        """The session is this stream's alone until its reply is finished."""
+        if options.continue_last:
+            raise OptionError("continue_last goes on with a session's message; pass the session")
+        compiled = Generation.form(self.cm, options)  # what is wrong with it is said before a session is touched
+        session = self._conversations.take(messages, tools)
+        give_back = partial(self._conversations.give_back, session)
+        return Stream(self.cm, Generation(self.cm, session, None, options, form=compiled, on_end=give_back))
 
     def chat(
         self,
@@ -83,6 +95,8 @@ class Engine:
 
     def regenerate(self, session: Session, **options: Any) -> Reply:
         """Answer the last user message anew. The old reply comes back if this fails before its first token."""
+        if not isinstance(session, Session):
+            raise OptionError(f"a Session is wanted, not {session!r}")
         messages = message_list(session)
         if not messages or check_message(messages[-1], "the last message")["role"] != "assistant":
             raise StateError("there is no reply to regenerate: the last message is not the assistant's")
@@ -108,6 +122,8 @@ class Engine:
         """
         checked = GenerationOptions.build(options)
         check_branching(checked)
+        if not isinstance(session, Session):
+            raise OptionError(f"a Session is wanted, not {session!r}")
         return branches(self.cm, session, text, checked_int("n", n, 1, self.cm.capabilities.n_batch), checked)
 
     def run_tools(
@@ -125,10 +141,14 @@ class Engine:
         result. After `max_rounds` rounds of calls the last reply is returned as it is, its calls unanswered.
         """
         named = checked_functions(functions)
+        if not isinstance(session, Session):
+            raise OptionError(f"a Session is wanted, not {session!r}")
         if not session.tools:
             raise OptionError("the session offers no tools to the model; make it with Session(tools=[...])")
+        n_rounds = checked_int("max_rounds", max_rounds, 1)
         reply = self.chat(session, text, **options)
-        for _ in range(checked_int("max_rounds", max_rounds, 1)):
+        options.pop("continue_last", None)
+        for _ in range(n_rounds):
             if not reply.tool_calls or reply.stop_reason in ("cancelled", "timeout"):
                 break
             answer_calls(session, reply.tool_calls, named)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 from .errors import OptionError, StateError
@@ -42,8 +43,12 @@ class Generation:
         options: GenerationOptions,
         *,
         holder: object | None = None,
+        form: Constraint | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
-        """`holder`: who holds the session meanwhile, and steps it; None: the generation itself."""
+        """`holder`: who holds the session meanwhile, and steps it; None: the generation itself. `form`: what the
+        options ask the reply to be, if it is compiled already. `on_end` is called once, when the reply is finished.
+        """
         _check_question(message_list(session), text, options)
         self.session = session
         self._holder = holder
@@ -52,7 +57,8 @@ class Generation:
         self._text = text
         self._options = options
         self._sampler = Sampler(options, cm.capabilities.n_vocab)
-        self._grammar = _grammar(cm, options)
+        self._grammar = self.form(cm, options) if form is None else form
+        self._on_end = on_end
         self._speech = Speech(options.stops, ReplyParser(cm.reply_format, tools=False))
         self._logprobs: list[TokenLogprob] = []
         self._forced: deque[int] = deque()
@@ -63,9 +69,20 @@ class Generation:
         self._pending: Pending | None = None
         self._row: Row | None = None  # the pending prompt's
         self._n_prompt = 0
+        self._opened_by_header = False  # the thinking, which no grammar is about
+        self._before: list[int] = []  # ids that spell what a partial message said
         self._most = cm.capabilities.n_row_max
         self._started = 0.0
         self._first_token_s = 0.0
+
+    @staticmethod
+    def form(cm: ContextManager, options: GenerationOptions) -> Constraint | None:
+        """What the options ask a reply to be, compiled for this vocabulary."""
+        if options.json_schema is not None:
+            from .llama.schema import gbnf_of_schema  # here: reading it is a fifth of the package's import
+
+            return cm.grammar(gbnf_of_schema(options.json_schema))
+        return None if options.grammar is None else cm.grammar(options.grammar)
 
     @property
     def holder(self) -> object:
@@ -91,6 +108,7 @@ class Generation:
         cm, session, options = self._cm, self.session, self._options
         cm.hold(session, self.holder)
         try:
+            _check_question(message_list(session), self._text, options)  # it may have changed since
             if self._text is not None:
                 self._user = {"role": "user", "content": self._text}
                 session.messages.append(self._user)
@@ -100,9 +118,11 @@ class Generation:
             self._pending = cm.begin(session, holder=self.holder, continue_last=options.continue_last)
             if not self._pending.wants_logits:
                 raise OptionError("there is nothing to answer: only a system text; pass a text, or add a user message")
+            if self._partial:
+                self._before = self._spelling_before(self._partial)
             self._row, self._n_prompt = self._pending.row, self._pending.n_tokens
             self._sampler.begin(self._pending.tokens)
-            thinks = cm.reply_format.starts_thinking(self._pending.rendered.tail(_TAIL))
+            thinks = self._opened_by_header = cm.reply_format.starts_thinking(self._pending.rendered.tail(_TAIL))
             parser = ReplyParser(cm.reply_format, tools=bool(session.tools), thinking_open=thinks)
             self._speech = Speech(options.stops, parser)
         except BaseException:
@@ -158,7 +178,7 @@ class Generation:
             token = forced = self._forced.popleft()
             self._sampler.accept(forced)
         else:
-            token = self._sampler.sample(logits, None if thinks else self._grammar)
+            token = self._sampler.sample(logits, None if thinks and self._opened_by_header else self._grammar)
         self._n_thinking += thinks
         if token is not None and options.logprobs is not None:
             own, best = logprobs_of(logits, token, options.logprobs)
@@ -206,6 +226,9 @@ class Generation:
                 self._take_back()
         finally:
             self._cm.let_go(self.session, self.holder)
+            if self._on_end is not None:
+                on_end, self._on_end = self._on_end, None
+                on_end()
         if not said_something:
             self._leave_an_empty_row()
         n_prompt, n_reused = (0, 0) if pending is None else (pending.n_tokens, pending.n_reused)
@@ -233,13 +256,9 @@ class Generation:
         ids = speech.ids_spelling(speech.text)
         if self._partial is not None:
             if asked is not None and asked["content"] == self._partial:
-                before = self._spelling_before(self._partial)
-                session.extend_reply(
-                    asked,
-                    self._partial + speech.text,
-                    before + ids if len(before) or not self._partial else [],
-                    model=model,
-                )
+                spelled = self._before + ids if self._before or not self._partial else []
+                session.extend_reply(asked, self._partial + speech.text, spelled, model=model)
+                asked.update(reply_fields(speech.thinking, speech.tool_calls))
             return
         fields = reply_fields(speech.thinking, speech.tool_calls)
         last = session.messages[-1] if session.messages else None
@@ -299,12 +318,3 @@ def _check_question(messages: list[Message], text: str | None, options: Generati
         raise OptionError(
             "the last message is the assistant's already; pass a text, use regenerate, or continue_last=True"
         )
-
-
-def _grammar(cm: ContextManager, options: GenerationOptions) -> Constraint | None:
-    """What the options ask the reply to be, compiled for this vocabulary."""
-    if options.json_schema is not None:
-        from .llama.schema import gbnf_of_schema  # here: reading it is a fifth of the package's import
-
-        return cm.grammar(gbnf_of_schema(options.json_schema))
-    return None if options.grammar is None else cm.grammar(options.grammar)

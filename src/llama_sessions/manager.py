@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .entry import Entry
-from .errors import Cancelled, CapacityError, OptionError, StateError
+from .errors import Cancelled, CapacityError, LlamaSessionsError, OptionError, StateError
 from .hooks import Hooks
 from .integrity import check
 from .kv.prefix import Prefix
@@ -284,24 +284,42 @@ class ContextManager:
         """
         with self._entry.gate(), self._entry.change:
             work = self._stepper.checked(work)
-            if len(self._parking):
-                for item in work:
-                    if isinstance(item, NextToken):
-                        self._bring_back(item.session, wants_logits=False)
-            return self._stepper.step(work, holder)
+            if not len(self._parking):
+                return self._stepper.step(work, holder)
+            sessions = [item.session if isinstance(item, NextToken) else item.pending.session for item in work]
+            errors: dict[Session, StepResult] = {}
+            for item in work:
+                if isinstance(item, NextToken):
+                    try:
+                        self._bring_back(item.session, holder, wants_logits=False, but=sessions)
+                    except LlamaSessionsError as e:
+                        errors[item.session] = StepResult(0, False, e)
+            left = tuple(i for i, session in zip(work, sessions, strict=True) if session not in errors)
+            report = self._stepper.step(left, holder)
+            return StepReport({**errors, **report.results}, report.n_tokens, report.seconds)
 
-    def _bring_back(self, session: Session, *, wants_logits: bool) -> None:
-        """Give a parked session its row again; nothing for others. Called under the lock."""
-        seat = self._seats.get(session, reading=True)
-        parked = None if seat is not None else self._parking.get(session)
+    def _bring_back(
+        self, session: Session, holder: object | None, *, wants_logits: bool, but: Sequence[Session] = ()
+    ) -> None:
+        """Give a parked session its row again; nothing for others. Called under the lock.
+
+        It stays parked until all of its tokens are there: an error or an interrupt on the way loses none.
+        """
+        parked = self._parking.get(session)
+        self._seats.get(session, holder, reading=holder is None)
         if parked is None:
             return
-        pending = self._preparer.resume(session, parked, wants_logits=wants_logits)
-        while not pending.done:
-            chunk = PromptChunk(pending, self._store.caps.n_batch)
-            (result,) = self._stepper.step(self._stepper.checked((chunk,)), None).results.values()
-            if result.error is not None:
-                raise result.error
+        try:
+            pending = self._preparer.resume(session, parked, holder, wants_logits=wants_logits, but=but)
+            while not pending.done:
+                chunk = PromptChunk(pending, self._store.caps.n_batch)
+                (result,) = self._stepper.step(self._stepper.checked((chunk,)), holder).results.values()
+                if result.error is not None:
+                    raise result.error
+            pending.seat.n_prompt = parked.n_prompt
+            self._parking.forget(session)
+        finally:
+            session.n_past = len(parked.tokens)
 
     def step_one(self, item: Work, *, holder: object | None = None) -> StepResult:
         """A step of one piece of work; raises its error."""
@@ -332,20 +350,24 @@ class ContextManager:
 
         A parked session gets its row back for this, and its last token is decoded again.
         """
-        if len(self._parking):
+        if isinstance(session, Session) and self._parking.get(session) is not None:
             with self._entry.gate(), self._entry.change:
-                self._bring_back(session, wants_logits=True)
+                self._bring_back(session, None, wants_logits=True)
+                return self._copied_logits(session)
         with self._entry.reading():
-            seat = self._seats.get(session, reading=True)
-            if seat is None or seat.row.suspect is not None:
-                raise StateError("the session has no row that is ready; call prepare first")
-            view = self._store.logits(seat.row)
-            if not len(seat.logits):
-                seat.logits = np.empty(len(view), np.float32)
-            np.copyto(seat.logits, view)
-            out: FloatArray = seat.logits.view()
-            out.flags.writeable = False
-            return out
+            return self._copied_logits(session)
+
+    def _copied_logits(self, session: Session) -> FloatArray:
+        seat = self._seats.get(session, reading=True)
+        if seat is None or seat.row.suspect is not None:
+            raise StateError("the session has no row that is ready; call prepare first")
+        view = self._store.logits(seat.row)
+        if not len(seat.logits):
+            seat.logits = np.empty(len(view), np.float32)
+        np.copyto(seat.logits, view)
+        out: FloatArray = seat.logits.view()
+        out.flags.writeable = False
+        return out
 
     def read_logits(self, session: Session, read: Callable[[FloatArray], T], *, holder: object | None = None) -> T:
         """What `read` makes of the session's (n_vocab,) float32 logits, which are not copied and not to be kept."""
@@ -363,9 +385,9 @@ class ContextManager:
         """(n_past,) int32, read-only copy of the row's token ids, appended ones included; also of a parked session."""
         with self._entry.reading():
             seat, parked = self._seats.get(session, reading=True), self._parking.get(session)
-            if seat is None:
-                return _NO_TOKENS if parked is None else parked.tokens
-            ids: TokenArray = seat.row.tokens.copy()
+            if parked is not None:
+                return parked.tokens
+            ids: TokenArray = _NO_TOKENS.copy() if seat is None else seat.row.tokens.copy()
         ids.flags.writeable = False
         return ids
 
@@ -380,8 +402,7 @@ class ContextManager:
         with self._entry.gate(), self._entry.change:
             seat = self._seats.get(session, reading=True)
             twin = session.copy()
-            if seat is None:
-                self._parking.park_twin(session, twin)
+            if self._parking.park_twin(session, twin) or seat is None:
                 return twin
             self._store.reconcile(seat.row)
             child = self._parking.take_seat(twin, but=(session,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -20,6 +21,7 @@ class Memo(Generic[K, V]):
         self._weigh = weigh
         self._weight = 0
         self._values: dict[K, V] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._values)
@@ -35,6 +37,11 @@ class Memo(Generic[K, V]):
         weight = self._weigh(key)
         if weight * 16 > self._limit:
             return value
+        with self._lock:
+            self._keep(key, value, weight)
+        return value
+
+    def _keep(self, key: K, value: V, weight: int) -> None:
         if self._weight + weight > self._limit:
             for old in list(self._values)[: (len(self._values) + 1) // 2]:
                 self._weight -= self._weigh(old)
@@ -42,4 +49,3 @@ class Memo(Generic[K, V]):
         if key not in self._values:
             self._weight += weight
         self._values[key] = value
-        return value

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from .errors import NoFreeSlot
+from .errors import NoFreeSlot, OptionError
 from .kv.snapshot import Snapshots
 from .kv.store import RowStore
 from .seats import Seat, Seats
 from .session import Session
 from .types import TokenArray
+
+logger = logging.getLogger("llama_sessions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +67,19 @@ class Parking:
         """Save what is not saved yet, give the row up, remember its tokens."""
         self._store.reconcile(seat.row)
         self._snapshots.keep(seat.row)
-        tokens = seat.row.tokens.copy()
-        tokens.flags.writeable = False
-        self._parked[session] = Parked(tokens, seat.row.namespace, seat.n_prompt)
+        if session not in self._parked:  # else its return did not finish: what it had is known better
+            tokens = seat.row.tokens.copy()
+            tokens.flags.writeable = False
+            self._parked[session] = Parked(tokens, seat.row.namespace, seat.n_prompt)
         self._seats.leave(session, seat)
 
-    def park_twin(self, session: Session, twin: Session) -> None:
-        """Let the branch of a parked session be parked like it."""
+    def park_twin(self, session: Session, twin: Session) -> bool:
+        """Let the branch of a parked session be parked like it; whether it was parked."""
         parked = self._parked.get(session)
         if parked is not None:
             self._parked[twin] = parked
             twin.n_past = len(parked.tokens)
+        return parked is not None
 
     def take_seat(self, session: Session, but: Collection[Session] = ()) -> Seat:
         """A seat with an empty row; another session is parked for it if need be. NoFreeSlot where none may be."""
@@ -105,7 +110,10 @@ class Parking:
             latest = time.monotonic() - self._idle_after_s
             for session, seat in self._idle(()):
                 if seat.last_used <= latest:
-                    self.park(session, seat)
+                    try:
+                        self.park(session, seat)
+                    except OptionError as e:  # a policy of the user's; whoever is calling did not ask for this
+                        logger.warning("an idle session could not be parked: %s", e)
 
     def _park_one(self, but: Collection[Session]) -> bool:
         idle = self._idle(but)

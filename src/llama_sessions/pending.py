@@ -29,6 +29,7 @@ class Pending:
     stretches: list[Stretch]
     started: float = field(default_factory=time.perf_counter)
     decode_seconds: float = 0.0
+    is_whole: bool = False  # once it is, it stays so, wherever the row goes then
 
     @property
     def tokens(self) -> TokenArray:
@@ -55,7 +56,8 @@ class Pending:
 
     @property
     def done(self) -> bool:
-        return not self.is_void and self.row.n >= len(self.tokens)
+        self.is_whole = self.is_whole or (not self.is_void and self.row.n >= len(self.tokens))
+        return self.is_whole and not self.is_void
 
     def report(self) -> PrepareReport:
         n_decoded = len(self.tokens) - self.n_reused

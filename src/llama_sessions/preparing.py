@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .kv.plan import Plan
@@ -59,12 +60,18 @@ class Preparer:
         session.forget_appended()
         return pending
 
-    def resume(self, session: Session, parked: Parked, *, wants_logits: bool) -> Pending:
-        """Bring a parked row back, token for token."""
+    def resume(
+        self,
+        session: Session,
+        parked: Parked,
+        holder: object | None,
+        *,
+        wants_logits: bool,
+        but: Sequence[Session] = (),
+    ) -> Pending:
+        """Begin to bring a parked row back, token for token. It stays parked as well until all of it is there."""
         started = time.perf_counter()
-        pending = self._start(session, Rendered(parked.tokens), wants_logits, (), None, started)
-        pending.seat.n_prompt = parked.n_prompt
-        return pending
+        return self._start(session, Rendered(parked.tokens), wants_logits, (), holder, started, but=but, resumes=True)
 
     def _start(
         self,
@@ -74,19 +81,30 @@ class Preparer:
         said: Said,
         holder: object | None,
         started: float,
+        *,
+        but: Sequence[Session] = (),
+        resumes: bool = False,
     ) -> Pending:
+        but = (session, *but)  # who is not to be parked for it
         seat = self._true_seat(session, holder)
         tokens = rendered.tokens
-        match, plan = self._planned(session, seat, tokens, wants_logits)
+        match, plan = self._planned(session, seat, tokens, wants_logits, but)
         if seat is None:
-            seat = self._parking.take_seat(session, but=(session,))
+            seat = self._parking.take_seat(session, but=but)
             # Whoever was parked for it may have been the source of a share.
-            match, plan = self._planned(session, seat, tokens, wants_logits)
-        self._save_what_is_lost(seat, plan, said)
-        seat.n_begun += 1
-        seat.n_prompt, seat.rendered, seat.said = len(tokens), rendered, said
-        stretches = self._apply(seat, plan, match, tokens)
-        self._parking.forget(session)
+            match, plan = self._planned(session, seat, tokens, wants_logits, but)
+        self._snapshots.hold(match)  # or a save could push out what is to be restored
+        n_restored = 0
+        try:
+            self._save_what_is_lost(seat, plan, said)
+            seat.n_begun += 1
+            seat.n_prompt, seat.rendered, seat.said = len(tokens), rendered, said
+            stretches = self._store.apply(seat.row, plan)
+            n_restored = self._restore(seat, plan, match, tokens, stretches)
+        finally:
+            self._snapshots.let_go(match, plan, n_restored)
+        if not resumes:
+            self._parking.forget(session)
         session.n_past = n_reused = seat.row.n
         self.n_tokens_reused += n_reused
         pending = Pending(session, rendered, seat, seat.n_begun, n_reused, wants_logits, stretches, started)
@@ -111,7 +129,7 @@ class Preparer:
         return seat
 
     def _planned(
-        self, session: Session, seat: Seat | None, tokens: TokenArray, wants_logits: bool
+        self, session: Session, seat: Seat | None, tokens: TokenArray, wants_logits: bool, but: Sequence[Session]
     ) -> tuple[KvMatch, Plan]:
         """The plan, and what of the cache it counts on. Idle sessions are parked where cells are short."""
         while True:
@@ -124,7 +142,7 @@ class Preparer:
             if not short:
                 return match, plan
             free = self._store.n_free_cells() or 0
-            if not self._parking.make_cells(free + short, but=(session,)):
+            if not self._parking.make_cells(free + short, but=but):
                 raise no_cells(plan.n_new_cells, plan.n_new_cells - short, self._store.caps)
 
     def _save_what_is_lost(self, seat: Seat, plan: Plan, said: Said) -> None:
@@ -134,22 +152,14 @@ class Preparer:
         if drops and not only_grew:
             self._snapshots.keep(seat.row)
 
-    def _apply(self, seat: Seat, plan: Plan, match: KvMatch, tokens: TokenArray) -> list[Stretch]:
+    def _restore(self, seat: Seat, plan: Plan, match: KvMatch, tokens: TokenArray, stretches: list[Stretch]) -> int:
+        """Bring back what the plan takes from the cache; returns how many tokens."""
         restore = plan.restore
-        if restore is None:
-            self._snapshots.note_miss(plan.n_decode)
-            return self._store.apply(seat.row, plan)
-        self._snapshots.hold(match)
-        n_restored = 0
-        try:
-            stretches = self._store.apply(seat.row, plan)
-            started = time.perf_counter()
-            if self._snapshots.restore(seat.row, match, tokens, restore.p0, restore.p1):
-                n_restored = restore.p1 - restore.p0
-                stretches.append(Stretch("cache", restore.p0, restore.p1, time.perf_counter() - started))
-        finally:
-            self._snapshots.let_go(match, plan, n_restored)
-        return stretches
+        started = time.perf_counter()
+        if restore is None or not self._snapshots.restore(seat.row, match, tokens, restore.p0, restore.p1):
+            return 0
+        stretches.append(Stretch("cache", restore.p0, restore.p1, time.perf_counter() - started))
+        return restore.p1 - restore.p0
 
     def preview(self, session: Session, conversation: Conversation) -> Preview:
         """What `begin` and its steps would do; changes nothing."""

@@ -232,7 +232,7 @@ def _open_ended(stretches: list[TextStretch], index: int, content: str) -> list[
         region = next((region for region in reversed(stretch.regions) if region.index == index), None)
         if region is not None:
             # White space at the end of a content stands outside its region, or was cut off by the template.
-            text = stretch.text[: region.b] + ("" if region.end is None else content[region.end :])
+            text = stretch.text[: region.b] + content[len(content.rstrip()) :]
             regions = stretch.regions[: stretch.regions.index(region) + 1]
             return [*stretches[:i], TextStretch(text, regions, None)]
     raise TemplateError("the chat template does not write the last message, so there is nothing to continue")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def reply_fields(thinking: str, tool_calls: Sequence[Mapping[str, Any]]) -> Mess
     if thinking:
         fields["reasoning_content"] = thinking
     if tool_calls:
-        fields["tool_calls"] = [dict(call) for call in tool_calls]
+        fields["tool_calls"] = copy.deepcopy(list(tool_calls))
     return fields
 
 

@@ -22,11 +22,20 @@ def check_message(message: object, where: str) -> Message:
     role = message.get("role")
     if role not in ROLES:
         raise OptionError(f"{where} has the role {role!r}; known roles: {', '.join(ROLES)}")
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list | tuple) and all(_is_call(call) for call in calls)):
+        raise OptionError(f"the tool_calls of {where} must be a list of OpenAI tool calls, not {calls!r}")
     content = message.get("content")
     if content is None and role == "assistant" and message.get("tool_calls"):
         return message
     checked_text(f"the content of {where}", content)
     return message
+
+
+def _is_call(call: object) -> bool:
+    """Whether it is a tool call in OpenAI's form, as far as anything here looks at it."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(call.get("id", ""), str)  # type: ignore[attr-defined]
 
 
 def checked_tools(tools: object) -> Sequence[Mapping[str, Any]]:
@@ -127,8 +136,9 @@ class Session:
 
     def add_tool_result(self, content: str, tool_call_id: str | None = None, name: str | None = None) -> Message:
         """Append what a tool answered; OptionError for a `tool_call_id` that no message of the assistant has."""
-        calls = [call for m in self.messages if isinstance(m, dict) for call in m.get("tool_calls") or ()]
-        known = {call.get("id"): call.get("function", {}).get("name") for call in calls}
+        messages = [check_message(m, f"message {i}") for i, m in enumerate(self.messages)]
+        calls = [call for m in messages for call in m.get("tool_calls") or ()]
+        known = {call.get("id"): call["function"].get("name") for call in calls}
         if tool_call_id is not None and tool_call_id not in known:
             made = ", ".join(repr(i) for i in known) or "none"
             raise OptionError(f"no tool call has the id {tool_call_id!r}; calls made: {made}")
@@ -153,7 +163,7 @@ class Session:
         message = check_message({"role": "assistant", "content": text, **fields}, "the message")
         at = next((i + 1 for i, m in enumerate(self.messages) if m is behind), len(self.messages))
         self.messages.insert(at, message)
-        self._know(SpokenReply(message, text, tuple(ids), trusted, model))
+        self._know(SpokenReply(message, text, tuple(map(int, ids)), trusted, model))
         return message
 
     def extend_reply(self, message: Message, text: str, ids: Sequence[int], *, model: str) -> None:
@@ -161,7 +171,7 @@ class Session:
         trusted = any(r.trusted for r in self._replies if r.message is message)
         message["content"] = checked_text("the content", text)
         self._replies = [r for r in self._replies if r.message is not message]
-        self._know(SpokenReply(message, text, tuple(ids), trusted, model))
+        self._know(SpokenReply(message, text, tuple(map(int, ids)), trusted, model))
 
     def _know(self, reply: SpokenReply) -> None:
         if reply.ids or reply.trusted:
@@ -193,7 +203,7 @@ class Session:
 
     def note_appended(self, token: int, model: str) -> None:
         """Called by the manager: `token` was decoded after the last prompt token, by that model."""
-        self._appended.append(token)
+        self._appended.append(int(token))
         self._appended_by = model
 
     def forget_appended(self) -> None:
@@ -246,7 +256,10 @@ class Session:
         if not isinstance(data["messages"], list):
             raise OptionError(f"'messages' must be a list, not {type(data['messages']).__name__}")
         self.messages = [check_message(m, f"message {i}") for i, m in enumerate(data["messages"])]
-        for i, reply in enumerate(data.get("replies", ())):
+        replies = data.get("replies", [])
+        if not isinstance(replies, list | tuple):
+            raise OptionError(f"'replies' must be a list, not {type(replies).__name__}")
+        for i, reply in enumerate(replies):
             self._replies.append(_checked_reply(reply, self.messages, f"reply {i}"))
         return self
 

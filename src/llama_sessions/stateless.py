@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,16 +12,21 @@ from .session import Session, check_message, checked_tools
 from .types import Message
 
 _LAST_TURN = 2  # messages at the end of a known conversation that a caller may have changed: regenerate, edit
+_MOST = 256  # conversations that are remembered
 
 
 class Conversations:
-    """Sessions behind calls that bring all their messages, least recently used first."""
+    """Sessions behind calls that bring all their messages, the least recently used first.
+
+    A session belongs to one call at a time: `take` hands it out, and nobody else finds it until it is given back.
+    """
 
     def __init__(self, cm: ContextManager) -> None:
         self._cm = cm
         self._sessions: list[Session] = []
+        self._lock = threading.Lock()
 
-    def session_for(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> Session:
+    def take(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> Session:
         """A session that says exactly `messages`: the one that shares most of them, if it differs in its last turn at
         most, else a new one (which shares the cells of what it begins with). A slot is freed for it if need be.
         """
@@ -28,28 +34,35 @@ class Conversations:
             raise OptionError(f"messages must be a list of messages, not {messages!r}")
         wanted = [check_message(_flat(m), f"message {i}") for i, m in enumerate(messages)]
         tools = None if tools is None else [dict(tool) for tool in checked_tools(tools)]
-        best, n_best = None, 0
-        for session in self._sessions:
-            n = _n_same(session.messages, wanted)
-            goes_on = n >= len(session.messages) - _LAST_TURN and session.tools == tools
-            if n > n_best and goes_on and not self._cm.is_held(session):
-                best, n_best = session, n
-        if best is None:
-            self._free_a_slot()
-            best = Session(tools=tools)
-        else:
+        if wanted[-1]["role"] == "assistant":
+            raise OptionError("the last message is the assistant's already: there is nothing to answer")
+        n_rules = next((i for i, m in enumerate(wanted) if m["role"] != "system"), len(wanted))
+        with self._lock:
+            best, n_best = None, n_rules  # a system text alone is everybody's
+            for session in self._sessions:
+                n = _n_same(session.messages, wanted)
+                if n > n_best and n >= len(session.messages) - _LAST_TURN and session.tools == tools:
+                    best, n_best = session, n
+            if best is None:
+                self._free_a_slot()
+                return self._saying(Session(tools=tools), wanted, 0)
             self._sessions.remove(best)
-        best.messages[n_best:] = [dict(m) for m in wanted[n_best:]]
-        self._sessions.append(best)
-        return best
+        return self._saying(best, wanted, n_best)
+
+    def give_back(self, session: Session) -> None:
+        """The call is over; others may go on from its conversation."""
+        with self._lock:
+            self._sessions.append(session)
+            del self._sessions[:-_MOST]
+
+    @staticmethod
+    def _saying(session: Session, wanted: Sequence[Message], n_known: int) -> Session:
+        session.messages[n_known:] = [dict(m) for m in wanted[n_known:]]
+        return session
 
     def _free_a_slot(self) -> None:
-        if self._cm.slots.n_free:
-            return
-        oldest = next((s for s in self._sessions if not self._cm.is_held(s)), None)
-        if oldest is not None:
-            self._sessions.remove(oldest)
-            self._cm.release(oldest)
+        if not self._cm.slots.n_free and self._sessions:
+            self._cm.release(self._sessions.pop(0))
 
 
 def _flat(message: Any) -> Any:
@@ -62,15 +75,17 @@ def _flat(message: Any) -> Any:
 
 
 def _n_same(known: Sequence[Message], wanted: Sequence[Message]) -> int:
-    """Messages that two conversations begin with alike. Callers bring back what they were given, not the reasoning."""
+    """Messages that two conversations begin with alike."""
     n = 0
     for a, b in zip(known, wanted, strict=False):
-        if _said(a) != _said(b):
+        # Callers bring back what they were given, often without the reasoning.
+        ours = a if "reasoning_content" in b else {k: v for k, v in a.items() if k != "reasoning_content"}
+        if _said(ours) != _said(b):
             break
         n += 1
     return n
 
 
-def _said(message: Message) -> dict[str, Any]:
+def _said(message: Mapping[str, Any]) -> dict[str, Any]:
     """What counts when messages are compared: an absent field is an empty one."""
-    return {k: v for k, v in message.items() if k != "reasoning_content" and v not in (None, "", [])}
+    return {k: v for k, v in message.items() if v not in (None, "", [])}

@@ -37,7 +37,7 @@ class Stepper:
         self._parking = parking
 
     def step(self, work: tuple[Work, ...], holder: object | None) -> StepReport:
-        """One decode of checked work. Where cells are short, idle sessions that are not in it are parked."""
+        """One decode of checked work (maybe none). Where cells are short, idle sessions not in it are parked."""
         store = self._store
         results: dict[Session, StepResult] = {}
         tasks: list[_Task] = []
@@ -100,7 +100,6 @@ class Stepper:
         if seat is None:
             raise StateError("the session has no row; call prepare first")
         row = seat.row
-        seat.last_used = time.monotonic()
         self._store.reconcile(row)
         session.n_past = row.n
         if isinstance(item, PromptChunk):
@@ -122,6 +121,9 @@ class Stepper:
         """Book what a decode did for one session."""
         session, feed, item = task.session, task.feed, task.work
         session.n_past = feed.row.n
+        seat = self._seats.get(session, reading=True)
+        if seat is not None:
+            seat.last_used = time.monotonic()  # a decode may take longer than a session may be idle
         if code == 1:
             return StepResult(0, False, no_room(len(feed.tokens)))
         if code != 0:

@@ -73,7 +73,7 @@ class Terminal:
                 self._obey(text)
             except KeyboardInterrupt:
                 self._say("\n(stopped)")
-            except (LlamaSessionsError, OSError, ValueError) as e:
+            except (LlamaSessionsError, OSError, ValueError, RecursionError) as e:
                 self._say(f"{type(e).__name__}: {e}")
 
     def _read(self) -> str:
@@ -140,7 +140,7 @@ class Terminal:
         if number.isdigit() and 1 <= int(number) <= len(self._sessions):
             self._at = int(number) - 1
         for i, session in enumerate(self._sessions):
-            last = session.messages[-1]["content"] if session.messages else "nothing said yet"
+            last = (session.messages[-1].get("content") or "") if session.messages else "nothing said yet"
             self._say(f"{'*' if i == self._at else ' '} {i + 1}: {len(session.messages)} messages, {last[:60]!r}")
 
     def _undo(self, _: str) -> None:

@@ -44,6 +44,7 @@ def _result_of(call: Mapping[str, Any], functions: Mapping[str, Callable[..., An
         return json.dumps({"error": f"there is no function {name!r}; there are: {', '.join(functions)}"})
     try:
         result = functions[name](**json.loads(call["function"]["arguments"]))
-        return result if isinstance(result, str) else json.dumps(result, default=str)
+        text = result if isinstance(result, str) else json.dumps(result, default=str)
+        return text.encode("utf-8", "replace").decode()
     except Exception as e:  # a function of the user's may raise anything; the model can try again
         return json.dumps({"error": f"{type(e).__name__}: {e}"})

@@ -65,7 +65,7 @@ class Sequences:
         """Bytes that `save` writes."""
         if (p0, p1) == (0, self.end(seq_id)):
             return self._context.state_size(seq_id)
-        with self._passing() as scratch:
+        with self.passing() as scratch:
             self.copy(seq_id, scratch, p0, p1)
             return self._context.state_size(scratch)
 
@@ -74,7 +74,7 @@ class Sequences:
         if (p0, p1) == (0, self.end(seq_id)):
             self._context.save_state(seq_id, out)
             return
-        with self._passing() as scratch:
+        with self.passing() as scratch:
             self.copy(seq_id, scratch, p0, p1)
             self._context.save_state(scratch, out)
 
@@ -84,7 +84,7 @@ class Sequences:
         An empty sequence is made of the whole blob and trimmed, else it passes through the scratch.
         """
         if p0:
-            with self._passing() as scratch:
+            with self.passing() as scratch:
                 self._context.load_state(scratch, blob)
                 self.copy(scratch, seq_id, p0, p1)
             return
@@ -93,7 +93,8 @@ class Sequences:
             self.remove(seq_id, p1)
 
     @contextmanager
-    def _passing(self) -> Iterator[int]:
+    def passing(self) -> Iterator[int]:
+        """The scratch for what passes through: empty before and after, also where that is interrupted."""
         if self.scratch is None:
             raise StateError("there is no scratch sequence: the context has fewer than 3 sequences")
         self.clear_scratch()

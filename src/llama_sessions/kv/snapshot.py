@@ -140,11 +140,6 @@ class Snapshots:
             self._cache.unlock(match)
             self._count(match, n_restored, plan.n_tokens - plan.n_live - n_restored)
 
-    def note_miss(self, n_tokens: int) -> None:
-        """A prompt for which the cache had nothing of use had so many tokens to decode."""
-        if n_tokens:
-            self._count(Match(None, 0, (), None), 0, n_tokens)
-
     def _count(self, match: KvMatch, n_hit: int, n_miss: int) -> None:
         if self._cache is not None:
             self._cache.touch(match, n_hit=n_hit, n_miss=n_miss)

@@ -181,11 +181,11 @@ class RowStore:
         self._spoil(dst, p0)
         dst.n = p0
         whole_only = not self.caps.unified or self.caps.keeps_state
+        self._copies_pending = self._copies_pending or not self.caps.unified  # before the call: an interrupt may follow
         if whole_only:
             self.sequences.copy(src.seq_id, dst.seq_id)
         else:
             self.sequences.copy(src.seq_id, dst.seq_id, p0, p1)
-        self._copies_pending = not self.caps.unified
         if whole_only and p1 < src.n:
             self.sequences.remove(dst.seq_id, p1)
         dst.write(p0, src.tokens[p0:p1], src.cells[p0:p1])
@@ -201,8 +201,8 @@ class RowStore:
         scratch = self.sequences.scratch
         if self._copies_pending and scratch is not None:
             n_tokens = self.n_tokens_decoded
-            self.decode([Feed(Row(scratch), (0,), wants_logits=False)])
-            self.sequences.remove(scratch, 0)
+            with self.sequences.passing():
+                self.decode([Feed(Row(scratch), (0,), wants_logits=False)])
             self._n_unique, self.n_tokens_decoded = None, n_tokens  # it was nobody's token
         return not self._copies_pending
 

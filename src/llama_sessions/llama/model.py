@@ -117,6 +117,8 @@ class Model:
             why = "it is a diffusion model"
         elif llama_cpp.llama_vocab_type(self.vocab_handle) == 0:
             why = "it has no vocabulary"
+        elif not llama_cpp.llama_model_n_params(self.handle):
+            why = "it has no weights (vocab_only?)"
         if why is not None:
             self.close()
             raise ModelError(f"{self.name} cannot chat: {why}; use a decoder-only text model")
@@ -184,7 +186,8 @@ class Model:
         return int(llama_cpp.llama_model_n_layer(self.handle) * heads * (k + v))
 
     def vocab(self) -> LlamaVocab:
-        return LlamaVocab(self.vocab_handle, self.meta("tokenizer.ggml.pre") or "default")
+        is_gone = (lambda: self.is_gone) if self.is_lent else None
+        return LlamaVocab(self.vocab_handle, self.meta("tokenizer.ggml.pre") or "default", is_gone)
 
     def template(self, vocab: LlamaVocab, override: str | None = None) -> ChatTemplate:
         """The chat template: `override`, else the model's own, else ChatML (said in the log)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,8 +50,10 @@ _RUNS_OF_WORDS = frozenset(["exaone-moe"])  # words with one space between them 
 class LlamaVocab:
     """Over a `llama_vocab_p`. Token ids are int32; text is encoded as UTF-8."""
 
-    def __init__(self, handle: Any, pre_tokenizer: str = "") -> None:
+    def __init__(self, handle: Any, pre_tokenizer: str = "", is_gone: Callable[[], bool] | None = None) -> None:
+        """`is_gone`: whether somebody else has freed the model."""
         self._handle = handle
+        self._is_gone = is_gone
         self._using = threading.RLock()  # questions may come from any thread, without the manager's lock
         self.n_tokens = int(llama_cpp.llama_vocab_n_tokens(handle))
         bos = int(llama_cpp.llama_vocab_bos(handle))
@@ -85,7 +87,7 @@ class LlamaVocab:
         return checked_int("a token", token, 0, self.n_tokens - 1)
 
     def _live(self) -> Any:
-        if self._handle is None:
+        if self._handle is None or (self._is_gone is not None and self._is_gone()):
             raise StateError("the vocabulary belongs to a manager that is closed; load the model again")
         return self._handle
 

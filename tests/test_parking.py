@@ -607,7 +607,7 @@ def test_an_interrupted_return_loses_no_token(monkeypatch: pytest.MonkeyPatch) -
     real, calls = FakeContext.decode, iter(range(100))
 
     def interrupted(self: FakeContext, runs: Any) -> int:
-        if next(calls) == 2:
+        if next(calls) == 1:  # in the middle of the row
             raise KeyboardInterrupt
         return real(self, runs)
 
@@ -665,11 +665,11 @@ def test_a_return_within_a_step_hurts_nobody_else_in_it() -> None:
 
 
 def test_what_a_prompt_restores_is_not_pushed_out_by_what_it_drops(load: Loader) -> None:
-    bytes_per_token = load().capabilities.kv_bytes_per_token + 12
-    cm = load(n_ctx=2048, n_batch=512, radix=RadixOptions(max_bytes=300 * bytes_per_token))
-    first, second = said("bravo " * 40 + "~" * 100), said("alpha " * 40 + "#" * 100)
-    cm.prepare(first)
-    cm.prepare(second)
+    cm = load(n_ctx=2048, n_batch=512, radix=RadixOptions(max_bytes=268 * 440))
+    small, first, second = said("charlie"), said("bravo " * 40 + "~" * 150), said("alpha " * 40 + "#" * 150)
+    for session in (small, first, second):
+        cm.prepare(session)
+    cm.release(small)
     cm.release(first)
     second.messages[0]["content"] = first.messages[0]["content"]
     cm.prepare(second)

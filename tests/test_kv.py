@@ -344,9 +344,10 @@ def test_a_window_may_lose_its_last_token() -> None:
 
 def measured(operation: float, restored: float, decoded: float) -> Costs:
     costs = Costs()
-    costs.operation.add(operation)
-    costs.note_restore(100, 100 * restored)
-    costs.note_decode(100, 100 * decoded)
+    for _ in range(3):
+        costs.operation.add(operation)
+        costs.note_restore(100, 100 * restored)
+        costs.note_decode(100, 100 * decoded)
     return costs
 
 
@@ -422,3 +423,15 @@ def test_v_transposed_or_several_streams_are_not_cut() -> None:
         blob = a_blob(3)
         blob[at] = value
         assert SegmentLayout.learn(blob) is None
+
+
+def test_one_stall_switches_nothing_off() -> None:
+    costs = measured(operation=1e-5, restored=1e-6, decoded=2e-4)
+    costs.operation.add(0.2)
+    costs.note_restore(100, 1.0)
+    assert costs.is_worth_sharing(4)
+    assert costs.is_worth_restoring(100)
+    first = Costs()
+    first.note_decode(100, 100 * 2e-4)
+    first.note_restore(32, 1.0)
+    assert first.is_worth_restoring(100)

@@ -27,6 +27,7 @@ from llama_sessions import (
 )
 from llama_sessions.kv.costs import Costs
 from llama_sessions.kv.sequences import Sequences
+from llama_sessions.kv.snapshot import Snapshots
 from llama_sessions.llama.context import LlamaContext
 from llama_sessions.testing import FakeContext, fake_parts, fresh_logits
 
@@ -699,3 +700,62 @@ def test_an_interrupt_between_a_copy_of_streams_and_its_note_stays_exact(
     cm.prepare(second)
     assert_exact(cm, second)
     cm.check_integrity()
+
+
+@pytest.mark.parametrize("change", ["pop", "edit"])
+def test_a_reply_that_is_taken_back_is_kept(load: Loader, change: str) -> None:
+    cm = load()
+    session = Session()
+    Engine(cm).chat(session, "Who are you?", max_tokens=30, logit_bias=only_text(cm))
+    n = session.n_past
+    if change == "pop":
+        taken = session.messages.pop()
+    else:
+        taken = dict(session.messages[1])
+        session.messages[1]["content"] = "otherwise"
+        session.add_user("x")
+    cm.prepare(session)
+    assert cm.stats().radix.n_tokens == n
+    session.messages[1:] = [taken, {"role": "user", "content": "And?"}]
+    cm.prepare(session)
+    assert session.last_prepare is not None
+    assert session.last_prepare.n_reused >= n
+    assert_exact(cm, session)
+
+
+@pytest.mark.parametrize("kind", ["window", "hybrid"])
+def test_a_whole_row_for_which_there_are_no_cells_is_decoded_behind_what_is_shared(load: Loader, kind: str) -> None:
+    cm = open_kind(load, kind, n_ctx=512, max_sessions=2)
+    cm.set_system("Be brief and be kind. " * 7)
+    neighbour, session = said("~" * 40), said("Who are you? " * 8)
+    cm.prepare(session)
+    cm.park(session)
+    cm.prepare(neighbour)
+    cm.pin(neighbour)
+    free = 512 - cm.stats().n_cells_unique
+    while free > len(cm.tokens(session)) - 30:  # less than the whole row, more than what the prefix leaves of it
+        cm.append(neighbour, 65)
+        free = 512 - cm.stats().n_cells_unique
+    cm.prepare(session)
+    assert "cache" not in sources(session)
+    assert_exact(cm, session)
+
+
+def test_an_interrupt_at_the_hold_leaves_no_lock(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    cm = load()
+    session = said("Who are you? " * 5)
+    cm.prepare(session)
+    cm.park(session)
+    real = Snapshots.hold
+
+    def interrupted(self: Snapshots, match: Any) -> None:
+        real(self, match)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Snapshots, "hold", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cm.prepare(session)
+    cm.check_integrity()
+    cm.clear_radix()
+    assert cm.stats().radix.n_bytes == 0

@@ -264,6 +264,7 @@ class Generation:
         last = session.messages[-1] if session.messages else None
         if last is None or last is asked or last != {"role": "assistant", "content": speech.text, **fields}:
             session.add_reply(speech.text, ids, model=model, behind=asked, **fields)
+            self._cm.note_reply(session, speech.text)
 
     def _spelling_before(self, text: str) -> list[int]:
         """The last ids of the prompt, as far as they spell `text`; empty if they do not."""

@@ -484,6 +484,12 @@ class ContextManager:
         """Whether somebody is generating in the session."""
         return self._seats.is_held(session)
 
+    def note_reply(self, session: Session, text: str) -> None:
+        """The row's tail is what the assistant said: whoever takes that back drops something worth keeping."""
+        seat = self._seats.get(session, reading=True)
+        if seat is not None:
+            seat.said = (*seat.said, ("assistant", text))
+
     def let_go(self, session: Session, holder: object) -> None:
         """End a `hold`. Never waits, never raises: it may be called from a finaliser."""
         self._seats.let_go(session, holder)
@@ -511,6 +517,7 @@ class ContextManager:
             for row in list(self._store.rows.values()):
                 self._store.reconcile(row)
             self._store.sequences.clear_scratch()
+            self._snapshots.settle()
             check(self._store, self.slots, self.prefix, self._seats.seats(), self._snapshots)
 
     def close(self) -> None:

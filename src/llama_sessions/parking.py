@@ -93,6 +93,7 @@ class Parking:
     def make_cells(self, n: int, but: Collection[Session] = ()) -> bool:
         """Park until `n` cells are free; whether anything was parked."""
         parked = False
+        self._seats.reclaim()  # rows that an interrupt left to nobody go first
         while (free := self._store.n_free_cells()) is not None and free < n and self._park_one(but):
             parked = True
         return parked

@@ -93,9 +93,9 @@ class Preparer:
             seat = self._parking.take_seat(session, but=but)
             # Whoever was parked for it may have been the source of a share.
             match, plan = self._planned(session, seat, tokens, wants_logits, but)
-        self._snapshots.hold(match)  # or a save could push out what is to be restored
         n_restored = 0
         try:
+            self._snapshots.hold(match)  # or a save could push out what is to be restored
             self._save_what_is_lost(seat, plan, said)
             seat.n_begun += 1
             seat.n_prompt, seat.rendered, seat.said = len(tokens), rendered, said
@@ -132,17 +132,20 @@ class Preparer:
         self, session: Session, seat: Seat | None, tokens: TokenArray, wants_logits: bool, but: Sequence[Session]
     ) -> tuple[KvMatch, Plan]:
         """The plan, and what of the cache it counts on. Idle sessions are parked where cells are short."""
+        match = self._snapshots.match(session.namespace, tokens)
         while True:
-            match = self._snapshots.match(session.namespace, tokens)
-            plan = self._planner.plan(
-                seat, session.namespace, tokens, wants_logits=wants_logits, cached=self._snapshots.cached(match)
-            )
+            cached = self._snapshots.cached(match)
+            plan = self._planner.plan(seat, session.namespace, tokens, wants_logits=wants_logits, cached=cached)
             row = None if seat is None else seat.row
             short = self._store.n_short(plan.n_new_cells, row, plan.n_keep)
             if not short:
                 return match, plan
             free = self._store.n_free_cells() or 0
-            if not self._parking.make_cells(free + short, but=but):
+            if self._parking.make_cells(free + short, but=but):
+                match = self._snapshots.match(session.namespace, tokens)
+            elif plan.restore is not None and not plan.restore.p0:
+                match = self._snapshots.nothing  # a whole row from the cache needs cells that sharing does not
+            else:
                 raise no_cells(plan.n_new_cells, plan.n_new_cells - short, self._store.caps)
 
     def _save_what_is_lost(self, seat: Seat, plan: Plan, said: Said) -> None:

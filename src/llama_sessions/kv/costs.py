@@ -1,21 +1,31 @@
-"""What moving, restoring and decoding KV costs here: running averages of what was measured on this machine."""
+"""What moving, restoring and decoding KV costs here: what was measured on this machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-_WEIGHT = 0.2  # of the newest measurement
+_RISES = 1.05  # times as much at the most, from one measurement to the next
+_ENOUGH = 3  # measurements before one is believed
 _MANY = 32  # tokens from which on a decode, or a restore, says what each of many costs
 
 
 @dataclass(slots=True)
 class Average:
-    """A running average; None before the first measurement."""
+    """What something costs when nothing disturbs it: falls at once, rises slowly, so that one stall says nothing.
+
+    `value`: None before a few measurements. What is thought too dear is not done, and so not measured again: that is
+    why a high value must not come from chance.
+    """
 
     value: float | None = None
+    _lowest: float = float("inf")
+    _n: int = 0
 
     def add(self, measured: float) -> None:
-        self.value = measured if self.value is None else self.value + _WEIGHT * (measured - self.value)
+        self._lowest = min(measured, self._lowest * _RISES)
+        self._n += 1
+        if self._n >= _ENOUGH:
+            self.value = self._lowest
 
 
 @dataclass(slots=True)

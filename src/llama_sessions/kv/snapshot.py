@@ -111,6 +111,15 @@ class Snapshots:
         self._take_stock()
         return n_tokens
 
+    def settle(self) -> None:
+        """Mend what an interrupt left."""
+        self._count(self.nothing, 0, 0)
+
+    @property
+    def nothing(self) -> KvMatch:
+        """What a match is that found nothing."""
+        return Match(None, 0, (), None)
+
     # -- restoring
 
     def match(self, namespace: str | None, tokens: TokenArray) -> KvMatch:
@@ -137,7 +146,8 @@ class Snapshots:
     def let_go(self, match: KvMatch, plan: Plan, n_restored: int) -> None:
         """End a `hold`; the hits and misses of the prompt are counted."""
         if self._cache is not None:
-            self._cache.unlock(match)
+            if match.node is not None and match.node.n_locks:  # else an interrupt came before the hold
+                self._cache.unlock(match)
             self._count(match, n_restored, plan.n_tokens - plan.n_live - n_restored)
 
     def _count(self, match: KvMatch, n_hit: int, n_miss: int) -> None:

@@ -90,6 +90,8 @@ class Model:
             raise OptionError(f"from_llama takes a llama_cpp.Llama, not {llm!r}")
         if not llm.model:
             raise OptionError("the Llama is closed; load it again")
+        if llm.model_params.vocab_only:  # llama.cpp asserts as soon as such a model is asked about its layers
+            raise ModelError(f"{llm.model_path} cannot chat: it has no weights (vocab_only=True); load it with them")
         if llm.lora_path is not None:
             log.logger.warning(
                 "the LoRA of the Llama (%s) belongs to its own context; sessions go without", llm.lora_path
@@ -117,8 +119,6 @@ class Model:
             why = "it is a diffusion model"
         elif llama_cpp.llama_vocab_type(self.vocab_handle) == 0:
             why = "it has no vocabulary"
-        elif not llama_cpp.llama_model_n_params(self.handle):
-            why = "it has no weights (vocab_only?)"
         if why is not None:
             self.close()
             raise ModelError(f"{self.name} cannot chat: {why}; use a decoder-only text model")

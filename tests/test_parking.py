@@ -759,3 +759,24 @@ def test_an_interrupt_at_the_hold_leaves_no_lock(load: Loader, monkeypatch: pyte
     cm.check_integrity()
     cm.clear_radix()
     assert cm.stats().radix.n_bytes == 0
+
+
+def test_what_other_template_variables_drop_is_kept(load: Loader) -> None:
+    cm = load(chat_template="{{ tone or '' }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
+    session = said("Who are you? " * 5)
+    n = cm.prepare(session)
+    session.template_kwargs["tone"] = "Kindly. "
+    cm.prepare(session)
+    assert cm.stats().radix.n_tokens == n
+    assert_exact(cm, session)
+
+
+def test_a_turn_with_a_call_only_grows(load: Loader) -> None:
+    cm = load()
+    session = said("Who are you? " * 5)
+    cm.prepare(session)
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    session.messages.append({"role": "assistant", "content": "so", "tool_calls": [call]})
+    session.add_tool_result("1", "a")
+    cm.prepare(session)
+    assert cm.stats().radix.n_bytes == 0

@@ -263,8 +263,8 @@ class Generation:
         fields = reply_fields(speech.thinking, speech.tool_calls)
         last = session.messages[-1] if session.messages else None
         if last is None or last is asked or last != {"role": "assistant", "content": speech.text, **fields}:
-            session.add_reply(speech.text, ids, model=model, behind=asked, **fields)
-            self._cm.note_reply(session, speech.text)
+            message = session.add_reply(speech.text, ids, model=model, behind=asked, **fields)
+            self._cm.note_reply(session, message)
 
     def _spelling_before(self, text: str) -> list[int]:
         """The last ids of the prompt, as far as they spell `text`; empty if they do not."""

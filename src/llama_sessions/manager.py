@@ -25,14 +25,14 @@ from .parking import Parking
 from .pending import NextToken, Pending, PromptChunk, Work
 from .planner import check_length
 from .preparing import Preparer
-from .prompts import Conversation, Prompter
+from .prompts import Conversation, Prompter, said_of
 from .render import Renderer
 from .reply_format import ReplyFormat
 from .report import Preview, Stats, StepReport, StepResult
 from .seats import Seats
 from .session import Session
 from .stepper import Stepper
-from .types import Capabilities, Constraint, FloatArray, TokenArray
+from .types import Capabilities, Constraint, FloatArray, Message, TokenArray
 
 logger = logging.getLogger("llama_sessions")
 
@@ -484,11 +484,11 @@ class ContextManager:
         """Whether somebody is generating in the session."""
         return self._seats.is_held(session)
 
-    def note_reply(self, session: Session, text: str) -> None:
+    def note_reply(self, session: Session, message: Message) -> None:
         """The row's tail is what the assistant said: whoever takes that back drops something worth keeping."""
         seat = self._seats.get(session, reading=True)
         if seat is not None:
-            seat.said = (*seat.said, ("assistant", text))
+            seat.said = (*seat.said, said_of(message))
 
     def let_go(self, session: Session, holder: object) -> None:
         """End a `hold`. Never waits, never raises: it may be called from a finaliser."""

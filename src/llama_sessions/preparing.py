@@ -56,7 +56,7 @@ class Preparer:
         seat = self._seats.get(session, holder)
         rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered)
         wants_logits = not conversation.is_empty
-        pending = self._start(session, rendered, wants_logits, said_in(conversation), holder, started)
+        pending = self._start(session, rendered, wants_logits, said_in(session, conversation), holder, started)
         session.forget_appended()
         return pending
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -51,12 +51,21 @@ class Conversation:
         return all(isinstance(m, dict) and m.get("role") == "system" for m in self.messages)
 
 
-Said: TypeAlias = tuple[tuple[Any, Any], ...]
+Said: TypeAlias = tuple[tuple[str, ...], ...]
 
 
-def said_in(conversation: Conversation) -> Said:
-    """Roles and contents, to tell whether a conversation only grew."""
-    return tuple((message["role"], message.get("content")) for message in conversation.messages)
+def said_of(message: Message) -> tuple[str, ...]:
+    """A message as it was, whatever becomes of its dict; an absent field is an empty one."""
+    more = ""
+    if len(message) > 2:
+        fields = sorted((key, repr(value)) for key, value in message.items() if value not in (None, "", []))
+        more = repr([field for field in fields if field[0] not in ("role", "content")])
+    return message["role"], message.get("content") or "", more if more != "[]" else ""
+
+
+def said_in(session: Session, conversation: Conversation) -> Said:
+    """All that the template was given: to tell whether a conversation only grew."""
+    return (repr(session.tools), repr(session.template_kwargs)), *map(said_of, conversation.messages)
 
 
 class Prompter:

@@ -72,7 +72,8 @@ class Terminal:
             try:
                 self._obey(text)
             except KeyboardInterrupt:
-                self._say("\n(stopped)")
+                with suppress(KeyboardInterrupt):  # pressed twice
+                    self._say("\n(stopped)")
             except (LlamaSessionsError, OSError, ValueError, RecursionError) as e:
                 self._say(f"{type(e).__name__}: {e}")
 

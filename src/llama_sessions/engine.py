@@ -13,7 +13,7 @@ from .manager import ContextManager
 from .options import checked_int
 from .prompts import message_list
 from .reply import Branch, Reply
-from .session import Session, check_message
+from .session import Session, check_message, check_session
 from .stateless import Conversations
 from .stream import Stream
 from .together import branches, check_branching
@@ -52,9 +52,7 @@ class Engine:
             return self._stateless(messages, tools, checked)
         if tools is not None:
             raise OptionError("tools go with messages; a session has its own: Session(tools=...)")
-        if not isinstance(session, Session):
-            raise OptionError(f"a Session is wanted, not {session!r}")
-        return Stream(self.cm, Generation(self.cm, session, text, checked))
+        return Stream(self.cm, Generation(self.cm, check_session(session), text, checked))
 
     def _stateless(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, options: GenerationOptions
@@ -95,8 +93,7 @@ class Engine:
 
     def regenerate(self, session: Session, **options: Any) -> Reply:
         """Answer the last user message anew. The old reply comes back if this fails before its first token."""
-        if not isinstance(session, Session):
-            raise OptionError(f"a Session is wanted, not {session!r}")
+        check_session(session)
         messages = message_list(session)
         if not messages or check_message(messages[-1], "the last message")["role"] != "assistant":
             raise StateError("there is no reply to regenerate: the last message is not the assistant's")
@@ -122,8 +119,7 @@ class Engine:
         """
         checked = GenerationOptions.build(options)
         check_branching(checked)
-        if not isinstance(session, Session):
-            raise OptionError(f"a Session is wanted, not {session!r}")
+        check_session(session)
         return branches(self.cm, session, text, checked_int("n", n, 1, self.cm.capabilities.n_batch), checked)
 
     def run_tools(
@@ -141,8 +137,7 @@ class Engine:
         result. After `max_rounds` rounds of calls the last reply is returned as it is, its calls unanswered.
         """
         named = checked_functions(functions)
-        if not isinstance(session, Session):
-            raise OptionError(f"a Session is wanted, not {session!r}")
+        check_session(session)
         if not session.tools:
             raise OptionError("the session offers no tools to the model; make it with Session(tools=[...])")
         n_rounds = checked_int("max_rounds", max_rounds, 1)

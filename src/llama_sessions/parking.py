@@ -23,7 +23,6 @@ class Parked:
     """A session without a row: the (n,) int32 `tokens` that its row held, of which `n_prompt` were the last prompt."""
 
     tokens: TokenArray
-    namespace: str | None
     n_prompt: int
 
 
@@ -70,7 +69,7 @@ class Parking:
         if session not in self._parked:  # else its return did not finish: what it had is known better
             tokens = seat.row.tokens.copy()
             tokens.flags.writeable = False
-            self._parked[session] = Parked(tokens, seat.row.namespace, seat.n_prompt)
+            self._parked[session] = Parked(tokens, seat.n_prompt)
         self._seats.leave(session, seat)
 
     def park_twin(self, session: Session, twin: Session) -> bool:

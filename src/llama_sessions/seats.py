@@ -19,7 +19,7 @@ from .kv.snapshot import Snapshots
 from .kv.store import RowStore
 from .prompts import Said
 from .render import Rendered
-from .session import Session
+from .session import Session, check_session
 from .types import FloatArray
 
 logger = logging.getLogger("llama_sessions")
@@ -77,8 +77,7 @@ class Seats:
 
         StateError for a session of another manager, and, unless only `reading`, for one that somebody else holds.
         """
-        if not isinstance(session, Session):
-            raise OptionError(f"a Session is wanted, not {session!r}")
+        check_session(session)
         seat = self._seats.get(session)
         if seat is None:
             ref = _owners.get(session)

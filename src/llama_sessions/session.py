@@ -264,6 +264,13 @@ class Session:
         return self
 
 
+def check_session(session: object) -> Session:
+    """`session` if it is one, else OptionError."""
+    if not isinstance(session, Session):
+        raise OptionError(f"a Session is wanted, not {session!r}")
+    return session
+
+
 def _checked_reply(data: object, messages: Sequence[Message], where: str) -> SpokenReply:
     """A reply of a saved session, else OptionError naming `where`."""
     if not isinstance(data, Mapping):

@@ -94,11 +94,6 @@ class Snapshots:
         """What decoding positions `[p0, p1)` costs; a token further back costs a little more."""
         return float(p1 - p0) * (1.0 + p0 / 32768)
 
-    @property
-    def cuts_ranges(self) -> bool:
-        """Whether blobs are cut and joined in numpy, which a self-test has shown to be right here."""
-        return self._layout is not None
-
     def describe(self) -> list[str]:
         return [] if self._cache is None else list(self._cache.describe())
 

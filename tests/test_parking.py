@@ -574,19 +574,6 @@ def test_without_a_scratch_whole_rows_are_kept(load: Loader) -> None:
         llama_cpp.llama_free(ctx)
 
 
-def test_the_fake_memory_gets_a_save_before_its_copies_wrong() -> None:
-    """The trap is there in the fake, too; the library goes round it."""
-    parts = fake_parts(n_ctx=400, max_sessions=2)
-    context = parts.context
-    assert isinstance(context, FakeContext)
-    cm = ContextManager.over(parts)
-    session = said("Who are you?")
-    cm.prepare(session)
-    cm.park(session)
-    np.testing.assert_array_equal(cm.logits(session), fresh_logits(cm.capabilities, cm.tokens(session)))
-    assert cm.stats().radix.kind == "range"
-
-
 # -- what a review found
 
 

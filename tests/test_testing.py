@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,7 +15,9 @@ from llama_sessions.llama.context import LlamaContext
 from llama_sessions.llama.model import Model
 from llama_sessions.options import LoadOptions
 from llama_sessions.testing import FakeAbort, FakeContext, FakeMemory, fake_capabilities, fresh_logits
-from llama_sessions.types import Capabilities, MemoryKind, Run
+from llama_sessions.types import ByteArray, Capabilities, MemoryKind, Run
+
+AnyContext = LlamaContext | FakeContext
 
 SEQ = st.integers(0, 3)
 POS = st.none() | st.integers(0, 40)
@@ -30,7 +33,7 @@ OPERATIONS = st.lists(
 )
 
 
-def play(operation: tuple[Any, ...], context: LlamaContext | FakeContext) -> Any:
+def play(operation: tuple[Any, ...], context: AnyContext) -> Any:
     """Do one operation; what it returned."""
     memory, (name, *args) = context.memory, operation
     if name in ("decode", "fill"):
@@ -53,13 +56,24 @@ def play(operation: tuple[Any, ...], context: LlamaContext | FakeContext) -> Any
     return None
 
 
+def real_context(model: str, unified: bool) -> LlamaContext:
+    options = LoadOptions(n_ctx=256 if unified else 1024, max_sessions=2, n_batch=128, n_threads=1, kv_unified=unified)
+    return LlamaContext.create(Model.load(model_path(model)), options)
+
+
+@pytest.fixture(scope="module")
+def streams() -> Iterator[LlamaContext]:
+    context = real_context("llama-bpe", unified=False)
+    yield context
+    context.close()
+    context.model.close()
+
+
 @pytest.mark.parametrize(
     ("model", "unified"), [("llama-bpe", True), ("llama-bpe", False), ("mamba", True)], ids=["full", "streams", "state"]
 )
 def test_fake_memory_answers_as_llama_cpp_does(model: str, unified: bool) -> None:
-    weights = Model.load(model_path(model))
-    options = LoadOptions(n_ctx=256 if unified else 1024, max_sessions=2, n_batch=128, n_threads=1, kv_unified=unified)
-    real = LlamaContext.create(weights, options)
+    real = real_context(model, unified)
 
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(OPERATIONS)
@@ -74,7 +88,7 @@ def test_fake_memory_answers_as_llama_cpp_does(model: str, unified: bool) -> Non
 
     compare()
     real.close()
-    weights.close()
+    real.model.close()
 
 
 def ids(n: int) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -145,3 +159,105 @@ def test_wrong_cells_show_in_the_logits() -> None:
     context.memory.seq_rm(0, 3, 4)
     assert context.decode([Run(0, 20, ids(1), True)]) == 0
     assert not np.allclose(context.logits(0), fresh_logits(caps, np.append(ids(20), np.int32(0))))
+
+
+# -- what is pending until the next decode
+
+
+def saved(context: AnyContext, seq_id: int) -> ByteArray:
+    out = np.empty(context.state_size(seq_id), np.uint8)
+    context.save_state(seq_id, out)
+    return out
+
+
+def flush(context: AnyContext) -> None:
+    assert context.decode([Run(2, 0, ids(1), True)]) == 0
+    context.memory.seq_rm(2)
+
+
+def save_the_copy(context: AnyContext, others: ByteArray) -> int:
+    blob = saved(context, 1)
+    flush(context)
+    context.load_state(1, blob)
+    return 1
+
+
+def save_the_source(context: AnyContext, others: ByteArray) -> int:
+    blob = saved(context, 0)
+    flush(context)
+    context.load_state(0, blob)
+    return 0
+
+
+def load_the_source(context: AnyContext, others: ByteArray) -> int:
+    context.load_state(0, others)
+    return 1
+
+
+def load_the_copy(context: AnyContext, others: ByteArray) -> int:
+    context.load_state(1, saved(context, 0))
+    context.load_state(0, others)  # so that what is copied over it is not the same
+    return 1
+
+
+def drop_the_source(context: AnyContext, others: ByteArray) -> int:
+    context.memory.seq_rm(0)
+    return 1
+
+
+def go_on_in_the_source(context: AnyContext, others: ByteArray) -> int:
+    context.memory.seq_rm(0, 5)
+    assert context.decode([Run(0, 5, ids(10), True)]) == 0
+    return 1
+
+
+def copy_the_copy(context: AnyContext, others: ByteArray) -> int:
+    context.memory.seq_cp(1, 3)
+    return 3
+
+
+@pytest.mark.parametrize("flushed", [False, True], ids=["at once", "after a decode"])
+@pytest.mark.parametrize(
+    ("deed", "is_a_trap"),
+    [
+        (save_the_copy, True),
+        (load_the_source, True),
+        (load_the_copy, True),
+        (save_the_source, False),
+        (drop_the_source, False),
+        (go_on_in_the_source, False),
+        (copy_the_copy, False),
+    ],
+)
+def test_a_copy_between_streams_is_as_lazy_as_llama_cpps(
+    streams: LlamaContext, deed: Callable[..., int], is_a_trap: bool, flushed: bool
+) -> None:
+    expected = not (is_a_trap and not flushed)
+    for context in (streams, FakeContext(streams.capabilities)):
+        context.memory.clear()
+        assert context.decode([Run(0, 0, ids(20), True), Run(1, 0, ids(20) + 50, True), Run(3, 0, ids(21), True)]) == 0
+        fresh = context.logits(60).copy()
+        others = saved(context, 1)
+        for seq_id in (1, 3):
+            context.memory.seq_rm(seq_id)
+        context.memory.seq_cp(0, 1)
+        if flushed:
+            flush(context)
+        seq_id = deed(context, others)
+        assert context.decode([Run(seq_id, 20, np.array([20], np.int32), True)]) == 0
+        off = float(np.abs(context.logits(0) - fresh).max())
+        assert (off < 0.1) is expected, (type(context).__name__, off)
+
+
+def test_a_save_before_a_shift_is_done_comes_back_wrong() -> None:
+    outcomes = []
+    for flushed in (True, False):
+        context = decoded(fake_capabilities(), 20)
+        context.memory.seq_rm(0, 0, 5)
+        context.memory.seq_add(0, 5, None, -5)
+        if flushed:
+            flush(context)
+        context.load_state(1, saved(context, 0))
+        assert context.decode([Run(0, 15, ids(1), True), Run(1, 15, ids(1), True)]) == 0
+        outcomes.append(np.array_equal(context.logits(0), context.logits(1)))
+    assert outcomes == [True, False]

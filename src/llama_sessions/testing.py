@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ class FakeAbort(BaseException):
 class _Cell:
     pos: int
     owners: set[int]
-    content: int
+    stream: int
+    place: int  # in the buffer of its stream, where its content lies
     shift: int = 0  # positions moved but not yet rotated
 
 
@@ -51,8 +53,9 @@ def _mix(x: int) -> int:
 class FakeMemory:
     """Cells with positions and owners.
 
-    - `seq_cp` shares cells in a unified cache; of a part of a row it aborts in one of streams, and copies the whole
-      state where there is one.
+    - `seq_cp` shares cells in a unified cache, and copies the whole state where there is one. Between streams it aborts
+      for a part of a row; of a whole one it copies positions, and at the next decode, buffer over buffer, what is then
+      in them: a save of the copy before that, or a load on either side, goes wrong.
     - `seq_add` moves a shared cell for every owner; K is rotated at the next decode.
     - `seq_rm` frees a cell when its last owner lets go; a recurrent state refuses to go back.
     - A window model gives cells that have left every owner's window to whoever needs one.
@@ -61,7 +64,11 @@ class FakeMemory:
     def __init__(self, capabilities: Capabilities) -> None:
         self.caps = capabilities
         self.cells: list[_Cell] = []
+        self.buffers: dict[int, dict[int, int]] = {}
+        """For each stream what its places hold, or held last."""
         self.n_operations = 0
+        self._has_streams = not capabilities.unified and capabilities.kind is not MemoryKind.RECURRENT
+        self._copies: list[tuple[int, int]] = []  # streams, put off until the next decode
 
     def _check(self, *seq_ids: int) -> None:
         for seq_id in seq_ids:
@@ -72,6 +79,26 @@ class FakeMemory:
         """The cells of a sequence by position."""
         return sorted((c for c in self.cells if seq_id in c.owners), key=lambda c: c.pos)
 
+    def content(self, cell: _Cell) -> int:
+        """What lies at its place: where a copy is pending, what was there before."""
+        return self.buffers.get(cell.stream, {}).get(cell.place, 0)
+
+    def add(self, seq_id: int, pos: int, content: int) -> None:
+        """A cell of its own at the first free place."""
+        stream = seq_id if self._has_streams else 0
+        taken = {cell.place for cell in self.cells if cell.stream == stream}
+        place = next(place for place in count() if place not in taken)
+        self.cells.append(_Cell(pos, {seq_id}, stream, place))
+        self.buffers.setdefault(stream, {})[place] = content
+
+    def update(self) -> None:
+        """What llama.cpp has put off until a decode: copies between streams, then the rotation of what was shifted."""
+        for src, dst in self._copies:
+            self.buffers[dst] = dict(self.buffers.get(src, {}))
+        self._copies.clear()
+        for cell in self.cells:
+            cell.shift = 0
+
     def seq_rm(self, seq_id: int, p0: int | None = None, p1: int | None = None) -> bool:
         self._check(seq_id)
         self.n_operations += 1
@@ -81,11 +108,14 @@ class FakeMemory:
             return False
         if self.caps.kind is MemoryKind.RECURRENT and row and high <= row[-1].pos and low > 0:
             return True  # the middle of a state: says yes and does nothing
-        for cell in row:
-            if low <= cell.pos < high:
-                cell.owners.discard(seq_id)
-        self.cells = [c for c in self.cells if c.owners]
+        self.let_go(seq_id, [cell for cell in row if low <= cell.pos < high])
         return True
+
+    def let_go(self, seq_id: int, cells: list[_Cell]) -> None:
+        """Take an owner from cells; those that have none left are free."""
+        for cell in cells:
+            cell.owners.discard(seq_id)
+        self.cells = [c for c in self.cells if c.owners]
 
     def seq_cp(self, src: int, dst: int, p0: int | None = None, p1: int | None = None) -> None:
         self._check(src, dst)
@@ -95,15 +125,23 @@ class FakeMemory:
         if self.caps.keeps_state or not self.caps.unified:
             if not self.caps.keeps_state and row and (low > 0 or high <= row[-1].pos):
                 raise FakeAbort('seq_cp of a part of a stream ("only supported for full KV buffers")')
-            for cell in self.row(dst):
-                cell.owners.discard(dst)
-            self.cells = [c for c in self.cells if c.owners]
-            self.cells += [_Cell(c.pos, {dst}, c.content, c.shift) for c in row]
+            if src != dst:
+                self.let_go(dst, self.row(dst))
+                self._copy(row, src, dst)
             return
         if src != dst:
             for cell in row:
                 if low <= cell.pos < high:
                     cell.owners.add(dst)
+
+    def _copy(self, row: list[_Cell], src: int, dst: int) -> None:
+        if self._has_streams:
+            self.cells += [_Cell(c.pos, {dst}, dst, c.place, c.shift) for c in row]
+            self._copies.append((src, dst))
+        else:
+            for cell in row:
+                self.add(dst, cell.pos, self.content(cell))
+                self.cells[-1].shift = cell.shift
 
     def seq_add(self, seq_id: int, p0: int | None, p1: int | None, delta: int) -> None:
         self._check(seq_id)
@@ -130,6 +168,7 @@ class FakeMemory:
 
     def clear(self) -> None:
         self.cells = []
+        self._copies.clear()
 
     def room_for(self, seq_id: int, n: int) -> bool:
         """Make room for `n` cells; on a window model cells outside every owner's window are taken first."""
@@ -173,14 +212,14 @@ class FakeContext:
             end = memory.pos_max(run.seq_id)
             if end is not None and run.pos != end + 1:
                 return -1
-        before = [_Cell(c.pos, set(c.owners), c.content, c.shift) for c in memory.cells]
-        for cell in memory.cells:
-            cell.shift = 0
+        memory.update()
+        before = [replace(cell, owners=set(cell.owners)) for cell in memory.cells]
+        buffers = {stream: dict(places) for stream, places in memory.buffers.items()}
         self._logits = {}
         at = 0
         for run in runs:
             if not memory.room_for(run.seq_id, len(run.tokens)):
-                memory.cells = before
+                memory.cells, memory.buffers = before, buffers
                 return 1
             content = 0
             for i, token in enumerate(run.tokens):
@@ -193,7 +232,7 @@ class FakeContext:
         return 0
 
     def _compute(self, seq_id: int, pos: int, token: int) -> int:
-        """A new cell for `token`: its content is a hash of all it sees, by distance, and of cells not yet rotated."""
+        """A new cell for `token`: its content is a hash of all it sees, by distance."""
         caps, seen = self.capabilities, self.memory.row(seq_id)
         if caps.kind is MemoryKind.WINDOW:
             seen = [c for c in seen if c.pos > pos - caps.n_swa]
@@ -201,11 +240,11 @@ class FakeContext:
             seen = seen[-1:]
         total = 0
         for cell in seen:
-            total = (total + _mix(cell.content ^ _mix(pos - cell.pos + 7919 * cell.shift))) & (2**64 - 1)
+            total = (total + _mix(self.memory.content(cell) ^ _mix(pos - cell.pos))) & (2**64 - 1)
         content = _mix(total ^ _mix(token + 1))
         if caps.kind is MemoryKind.RECURRENT:
-            self.memory.cells = [c for c in self.memory.cells if seq_id not in c.owners]
-        self.memory.cells.append(_Cell(pos, {seq_id}, content))
+            self.memory.let_go(seq_id, self.memory.row(seq_id))
+        self.memory.add(seq_id, pos, content)
         return content
 
     def logits(self, index: int) -> FloatArray:
@@ -217,10 +256,14 @@ class FakeContext:
         return _STATE_HEAD + _STATE_CELL * len(self.memory.row(seq_id))
 
     def save_state(self, seq_id: int, out: ByteArray) -> None:
-        """A shift that is pending is not in it: what comes back is wrong, as with llama.cpp."""
-        cells = np.array([(cell.pos, cell.content) for cell in self.memory.row(seq_id)], np.uint64)
+        """A shift or a copy that is pending is not in it: what comes back is wrong, as with llama.cpp."""
+        cells = np.array([(cell.pos, self._seen_by_save(cell)) for cell in self.memory.row(seq_id)], np.uint64)
         out[:_STATE_HEAD] = np.array([len(cells)], np.uint64).view(np.uint8)
         out[_STATE_HEAD:] = cells.reshape(-1).view(np.uint8)
+
+    def _seen_by_save(self, cell: _Cell) -> int:
+        content = self.memory.content(cell)
+        return _mix(content ^ _mix(cell.shift)) if cell.shift else content
 
     def load_state(self, seq_id: int, blob: ByteArray) -> None:
         """Cells of its own for everything; where there are none the sequence is left with a part."""
@@ -228,10 +271,10 @@ class FakeContext:
         memory.seq_rm(seq_id)
         (n,) = blob[:_STATE_HEAD].copy().view(np.uint64).tolist()
         if self.fails_to_load or len(blob) != _STATE_HEAD + _STATE_CELL * n or not memory.room_for(seq_id, n):
-            memory.cells.append(_Cell(0, {seq_id}, 0))
+            memory.add(seq_id, 0, 0)
             raise SnapshotError("llama_state_seq_set_data_ext", 0, "there is no room, or the blob is damaged")
         for pos, content in blob[_STATE_HEAD:].copy().view(np.uint64).reshape(n, 2).tolist():
-            memory.cells.append(_Cell(pos, {seq_id}, content))
+            memory.add(seq_id, pos, content)
 
     def close(self) -> None:
         self.closed = True

@@ -10,10 +10,11 @@ from .errors import OptionError, StateError
 from .generation import Generation
 from .generation_options import GenerationOptions
 from .manager import ContextManager
+from .messages import check_message
 from .options import checked_int
 from .prompts import message_list
 from .reply import Branch, Reply
-from .session import Session, check_message, check_session
+from .session import Session, check_session
 from .stateless import Conversations
 from .stream import Stream
 from .together import branches, check_branching

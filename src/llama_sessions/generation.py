@@ -16,12 +16,13 @@ from .generation_options import GenerationOptions
 from .kv.row import Row
 from .llama.sampler import Sampler
 from .manager import ContextManager
+from .messages import check_message
 from .options import checked_text
 from .pending import NextToken, Pending, PromptChunk, Work
 from .prompts import check_partial, message_list
 from .reply import Chunk, Reply, TokenLogprob, logprobs_of, reply_fields
 from .reply_parser import Part, ReplyParser
-from .session import Session, check_message
+from .session import Session
 from .speech import Speech
 from .types import Constraint, FloatArray, Message
 

@@ -11,9 +11,10 @@ import numpy as np
 from .errors import OptionError
 from .hooks import Hooks
 from .kv.prefix import Prefix
+from .messages import check_message
 from .options import checked_text
 from .render import Rendered, Renderer
-from .session import Session, SpokenReply, check_message
+from .session import Session, SpokenReply
 from .types import Message, TokenArray
 
 

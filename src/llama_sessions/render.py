@@ -16,7 +16,8 @@ import numpy as np
 from .errors import TemplateError
 from .kv.row import common_prefix
 from .marks import Marker
-from .session import SpokenReply, check_message
+from .messages import check_message
+from .session import SpokenReply
 from .spans import ContentRange, Span, message_spans
 from .stretches import NO_TOKENS, TextStretch, split
 from .tokenizing import StretchTokenizer, n_common

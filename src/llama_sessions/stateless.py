@@ -8,7 +8,8 @@ from typing import Any
 
 from .errors import OptionError
 from .manager import ContextManager
-from .session import Session, check_message, checked_tools
+from .messages import check_message, checked_tools
+from .session import Session
 from .types import Message
 
 _LAST_TURN = 2  # messages at the end of a known conversation that a caller may have changed: regenerate, edit

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import OptionError, TemplateError
 from .marks import Marker, Said
 from .memo import Memo
-from .session import checked_tools, checked_variables
+from .messages import checked_tools, checked_variables
 from .types import Formatter, Message
 
 _RESERVED = frozenset({"self", "messages", "tools", "functions", "function_call", "tool_choice", "bos_token",

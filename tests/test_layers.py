@@ -26,7 +26,7 @@ memo marks spans stretches text_stream json_scan reply_format call_reader reply_
 gbnf_rules gbnf_text gbnf_readings gbnf json_schema
 llama llama.log llama.memory llama.batch llama.deep_stack llama.vocab llama.template llama.grammar llama.schema
 llama.model llama.sampler llama.snapshot llama.context
-kv.store kv.prefix kv.snapshot
+kv.store kv.holes kv.prefix kv.snapshot
 reply speech
 loading hooks prompts seats parking pending planner preparing stepper integrity overview entry
 manager generation stream together tool_loop stateless engine pool

@@ -29,8 +29,9 @@ def problems(store: RowStore, slots: Slots, prefix: Prefix, seats: Sequence[Seat
         row = store.rows.get(seq_id)
         n = 0 if row is None else row.n
         end, first = memory.pos_max(seq_id), memory.pos_min(seq_id)
-        if end != (n - 1 if n else None):
-            found.append(f"row {seq_id} has {n} tokens, llama.cpp's last position is {end}")
+        expected_end = row.end - 1 if row is not None and n else None
+        if end != expected_end:
+            found.append(f"row {seq_id} of {n} tokens ends at position {expected_end}, llama.cpp's last is {end}")
         if n and caps.kind is MemoryKind.FULL and first != 0:
             found.append(f"row {seq_id} begins at position {first}, not 0")
         if row is not None and len(np.unique(row.cells)) != n:

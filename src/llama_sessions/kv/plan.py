@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from ..types import Capabilities, MemoryKind, TokenArray
 from .blobs import BlobKind
 from .costs import Costs
-from .row import common_prefix
+from .row import Jumps, common_prefix, end_of
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A row to take tokens from. `first_pos`: its live `seq_pos_min` (0 for an empty row)."""
+    """A row to take tokens from. `first_pos`: its live `seq_pos_min` (0 for an empty row); `jumps`: see `Row`."""
 
     name: str  # "row", "prefix" or "live"
     seq_id: int
     tokens: TokenArray
     first_pos: int = 0
+    jumps: Jumps = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def can_be_cut(source: Source, n: int, caps: Capabilities) -> bool:
         return n == len(source.tokens)  # a state cannot go back
     if caps.kind is MemoryKind.WINDOW:
         # A longer row may have lost the window of the next token, without any sign.
-        return source.first_pos <= first_seen(n, caps)
+        return source.first_pos <= first_seen(end_of(source.jumps, n), caps)
     return source.first_pos == 0
 
 

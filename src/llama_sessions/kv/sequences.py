@@ -35,12 +35,18 @@ class Sequences:
         """The first position that is still whole in every layer; 0 of an empty one."""
         return self._memory.pos_min(seq_id) or 0
 
-    def remove(self, seq_id: int, p0: int) -> bool:
-        """Drop `[p0, end)`; False where the memory refuses."""
+    def remove(self, seq_id: int, p0: int, p1: int | None = None) -> bool:
+        """Drop `[p0, p1)` (None: to the end); False where the memory refuses."""
         started = time.perf_counter()
-        done = self._memory.seq_rm(seq_id, p0 or None, None)
+        done = self._memory.seq_rm(seq_id, p0 or None, p1)
         self._note(started)
         return done
+
+    def move(self, seq_id: int, p0: int, p1: int, delta: int) -> None:
+        """Shift the positions `[p0, p1)`, for whoever else has these cells too; K follows at the next decode."""
+        started = time.perf_counter()
+        self._memory.seq_add(seq_id, p0, p1, delta)
+        self._note(started)
 
     def copy(self, src: int, dst: int, p0: int | None = None, p1: int | None = None) -> None:
         """Give `dst` a share of `[p0, p1)` of `src` (None: all of it)."""

@@ -153,7 +153,7 @@ class Snapshots:
     def restore(self, row: Row, match: KvMatch, tokens: TokenArray, p0: int, p1: int) -> bool:
         """Bring `[p0, p1)` back to a row that ends at `p0`; False: it could not be, and the row ends there still, or
         is empty."""
-        if self._cache is None or row.n != p0 or not self._store.finish_copies():
+        if self._cache is None or row.n != p0 or not self._store.finish_pending():
             return False
         parts = [part for part in self._cache.read(match) if part.p1 > p0 and part.p0 < p1]
         if self._layout is not None:
@@ -190,7 +190,7 @@ class Snapshots:
         """Save what the row holds and the cache does not yet; returns how many tokens. What cannot be saved is not, and
         the log says why. Raises OptionError where a policy of the user's fails."""
         store = self._store
-        if self._cache is None or not row.n or row.suspect is not None or not store.finish_copies():
+        if self._cache is None or not row.n or row.suspect is not None or not store.finish_pending():
             return 0
         if store.caps.kind is MemoryKind.WINDOW and store.sequences.first(row.seq_id) > first_seen(row.n, store.caps):
             return 0  # another session's decode has taken part of its window

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import CapacityError, SnapshotError, StateError
 from ..report import Stretch
 from ..types import ByteArray, Capabilities, Context, FloatArray, MemoryKind, Run, TokenArray
 from .plan import Plan, Source, can_be_cut, first_seen
-from .row import Row
+from .row import Row, end_of
 from .sequences import Sequences
 
 logger = logging.getLogger("llama_sessions")
@@ -56,7 +57,10 @@ class RowStore:
         self.caps: Capabilities = context.capabilities
         self.rows: dict[int, Row] = {}
         self.sequences = Sequences(context, scratch)
-        self._copies_pending = False  # between streams llama.cpp copies at the next decode: until then no save or load
+        # What llama.cpp does at the next decode only: copies between streams, and shifts. Until then no save or load.
+        self.is_pending = False
+        self.n_shifts = 0  # decodes that had a shift to do
+        self._shifts = False
         self.n_decodes = 0
         self.n_tokens_decoded = 0
         self.decode_seconds = 0.0
@@ -99,24 +103,36 @@ class RowStore:
 
     def _n_own_cells_beyond(self, row: Row, n_keep: int) -> int:
         """Cells that cutting `row` to `n_keep` would free: those no other row holds."""
-        tail = row.cells[n_keep:]
-        others = [r.cells for r in self.rows.values() if r is not row and r.n]
-        if not len(tail) or not others:
-            return len(tail)
-        return len(tail) - int(np.isin(tail, np.concatenate(others)).sum())
+        return int((~self.shared_cells(row, n_keep)).sum())
 
     def source(self, row: Row, name: str) -> Source:
         """What `row` offers a plan, with its live first position."""
         first = 0
         if row.n and self.caps.kind is not MemoryKind.FULL:
             first = self.sequences.first(row.seq_id)
-        return Source(name, row.seq_id, row.tokens, first)
+        # What follows an eviction is of use to its own row alone.
+        tokens = row.tokens if name == "row" else row.tokens[: row.n_exact]
+        return Source(name, row.seq_id, tokens, first, row.jumps)
 
     def logits(self, row: Row) -> FloatArray:
         """(n_vocab,) float32 logits after the row's last token; a view, good until the next change of that row."""
         if row.logits is None:
             raise StateError("no logits: nothing was decoded since the row last changed; call prepare first")
         return self.context.logits(row.logits) if isinstance(row.logits, int) else row.logits
+
+    def n_room(self, row: Row) -> int | None:
+        """Tokens that still fit at the end of `row`, cells aside; None where nothing stops it."""
+        if self.caps.n_row_max is None:
+            return None
+        # Positions of a row with gaps run ahead of its tokens, and stop where the model was trained to.
+        beyond = max(0, self.caps.n_ctx_train - row.end) if row.offset else self.caps.n_row_max
+        return min(self.caps.n_row_max - row.n, beyond)
+
+    def shared_cells(self, row: Row, p0: int = 0) -> npt.NDArray[np.bool_]:
+        """(n - p0,) bool: which cells from token `p0` on another row holds as well."""
+        others = [r.cells for r in self.rows.values() if r is not row and r.n]
+        tail = row.cells[p0:]
+        return np.isin(tail, np.concatenate(others)) if others else np.zeros(len(tail), np.bool_)
 
     # -- changing rows
 
@@ -139,10 +155,11 @@ class RowStore:
         n = min(n, row.n)
         if not can_be_cut(self.source(row, "row"), n, self.caps):
             n = 0
-        self._spoil(row, n)
-        row.n = n  # at once: a row never claims a token that an interrupt may find gone
-        if not self.sequences.remove(row.seq_id, n) or not self._ends_at(row, n):
-            row.suspect = row.n = 0
+        self.spoil(row, n)
+        row.shorten(n)  # at once: a row never claims a token that an interrupt may find gone
+        if not self.sequences.remove(row.seq_id, row.end) or not self.is_as_booked(row):
+            row.suspect = 0
+            row.shorten(0)
             self.sequences.remove(row.seq_id, 0)
         row.suspect = None
         return row.n
@@ -151,7 +168,7 @@ class RowStore:
         """Make a suspect row true again: keep what surely held before and after the change that did not finish."""
         if row.suspect is None:
             return
-        row.n = min(row.n, row.suspect, self.sequences.end(row.seq_id))
+        row.n = min(row.n, row.suspect, row.n_before(self.sequences.end(row.seq_id)))
         self.cut(row, 0 if self.caps.keeps_state else row.n)
 
     def apply(self, row: Row, plan: Plan) -> list[Stretch]:
@@ -178,33 +195,36 @@ class RowStore:
         Between streams `dst` becomes `[0, p1)` of `src`, whatever it was. False: llama.cpp does not hold what was
         expected; `dst` is then empty.
         """
-        self._spoil(dst, p0)
-        dst.n = p0
+        self.spoil(dst, p0)
+        dst.shorten(p0)
         whole_only = not self.caps.unified or self.caps.keeps_state
-        self._copies_pending = self._copies_pending or not self.caps.unified  # before the call: an interrupt may follow
+        self.is_pending = self.is_pending or not self.caps.unified  # before the call: an interrupt may follow
         if whole_only:
             self.sequences.copy(src.seq_id, dst.seq_id)
         else:
-            self.sequences.copy(src.seq_id, dst.seq_id, p0, p1)
+            self.sequences.copy(src.seq_id, dst.seq_id, end_of(src.jumps, p0), end_of(src.jumps, p1))
         if whole_only and p1 < src.n:
-            self.sequences.remove(dst.seq_id, p1)
+            self.sequences.remove(dst.seq_id, end_of(src.jumps, p1))
         dst.write(p0, src.tokens[p0:p1], src.cells[p0:p1])
         dst.n = p1
-        if not self._ends_at(dst, p1):
+        if p1 > src.n_exact:
+            dst.mark_approximate(src.n_exact)
+            dst.set_jumps(tuple(jump for jump in src.jumps if jump[0] < p1))
+        if not self.is_as_booked(dst):
             self.cut(dst, 0)
             return False
         dst.suspect = None
         return True
 
-    def finish_copies(self) -> bool:
+    def finish_pending(self) -> bool:
         """Let llama.cpp do what it has put off, by decoding a token in the scratch; whether nothing is pending."""
         scratch = self.sequences.scratch
-        if self._copies_pending and scratch is not None:
+        if self.is_pending and scratch is not None:
             n_tokens = self.n_tokens_decoded
             with self.sequences.passing():
                 self.decode([Feed(Row(scratch), (0,), wants_logits=False)])
             self._n_unique, self.n_tokens_decoded = None, n_tokens  # it was nobody's token
-        return not self._copies_pending
+        return not self.is_pending
 
     def decode(self, feeds: Sequence[Feed]) -> int:
         """One `llama_decode` of all feeds; returns its code. On 1 and -1 the rows are as before; on a compute failure
@@ -225,11 +245,11 @@ class RowStore:
             row.suspect = row.n
             if isinstance(feed.tokens, tuple):
                 row.put(row.n, feed.tokens[0], self._next_cell)
+                self._next_cell += 1
             else:
-                row.write(row.n, feed.tokens, np.arange(self._next_cell, self._next_cell + n))
-            self._next_cell += n
+                row.write(row.n, feed.tokens, self.new_cells(n))
             n_total += n
-            runs.append(Run(row.seq_id, row.n, feed.tokens, feed.wants_logits))
+            runs.append(Run(row.seq_id, row.n + row.offset, feed.tokens, feed.wants_logits))
         n_unique, self._n_unique = self._n_unique, None
         started = time.perf_counter()
         code = self.context.decode(runs)
@@ -237,7 +257,9 @@ class RowStore:
         self.decode_seconds += seconds
         self.n_decodes += 1
         if code == 0:
-            self._copies_pending = False
+            if self.is_pending:
+                self.n_shifts += self._shifts
+                self.is_pending = self._shifts = False
             self.sequences.costs.note_decode(n_total, seconds)
             self.n_tokens_decoded += n_total
             end = 0
@@ -263,7 +285,7 @@ class RowStore:
     def _keep_what_was_done(self, feed: Feed) -> None:
         """After a compute failure: micro-batches already done stay; a recurrent state is of no use."""
         row = feed.row
-        done = self.sequences.end(row.seq_id) - row.n
+        done = self.sequences.end(row.seq_id) - row.end
         if self.caps.keeps_state or not 0 <= done <= len(feed.tokens):
             self.cut(row, 0)
         else:
@@ -277,7 +299,7 @@ class RowStore:
         empty.
         """
         started = time.perf_counter()
-        self._spoil(row, p0)
+        self.spoil(row, p0)
         try:
             self.sequences.load(row.seq_id, blob, p0, p1)
         except SnapshotError as e:
@@ -285,10 +307,9 @@ class RowStore:
             row.n = p0
             self.cut(row, p0)
             return False
-        row.write(p0, tokens[p0:p1], np.arange(self._next_cell, self._next_cell + p1 - p0))
-        self._next_cell += p1 - p0
+        row.write(p0, tokens[p0:p1], self.new_cells(p1 - p0))
         row.n = p1
-        if not self._ends_at(row, p1):
+        if not self.is_as_booked(row):
             self.cut(row, 0)
             return False
         row.suspect = None
@@ -297,16 +318,25 @@ class RowStore:
 
     # -- native
 
-    def _spoil(self, row: Row, n_sure: int) -> None:
+    def new_cells(self, n: int) -> npt.NDArray[np.int64]:
+        """(n,) int64 numbers for cells that no row has had."""
+        self._next_cell += n
+        return np.arange(self._next_cell - n, self._next_cell)
+
+    def note_shift(self) -> None:
+        """Before a shift: until the next decode nothing may be saved or loaded."""
+        self.is_pending = self._shifts = True
+
+    def spoil(self, row: Row, n_sure: int) -> None:
         """Before a change: only the first `n_sure` positions are right whatever happens, and the logits are gone."""
         row.suspect = n_sure if row.suspect is None else min(n_sure, row.suspect)
         row.logits = None
         self._n_unique = None
 
-    def _ends_at(self, row: Row, n: int) -> bool:
-        """Whether llama.cpp agrees that the row has `n` tokens, and still holds what the next one will look at."""
-        if self.sequences.end(row.seq_id) != n:
+    def is_as_booked(self, row: Row) -> bool:
+        """Whether llama.cpp agrees on where the row ends, and still holds what its next token will look at."""
+        if self.sequences.end(row.seq_id) != row.end:
             return False
-        if self.caps.kind is not MemoryKind.WINDOW or not n:
+        if self.caps.kind is not MemoryKind.WINDOW or not row.n:
             return True
-        return self.sequences.first(row.seq_id) <= first_seen(n, self.caps)
+        return self.sequences.first(row.seq_id) <= first_seen(row.end, self.caps)

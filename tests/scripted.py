@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from llama_sessions import ContextManager, Engine, Session, Stream
+from llama_sessions import ContextManager, Engine, Reply, Session, Stream
 
 
 def ids_of(cm: ContextManager, text: str, *, by_byte: bool = False) -> list[int]:
@@ -30,6 +30,13 @@ def scripted(
     return script(engine.stream(session, text, **options), ids_of(engine.cm, reply, by_byte=by_byte))
 
 
+def reply_of(stream: Stream) -> Reply:
+    """The reply at the end of a stream."""
+    reply = list(stream)[-1].reply
+    assert reply is not None
+    return reply
+
+
 def only_text(cm: ContextManager) -> dict[int, float]:
     """A bias that leaves tokens of plain letters and spaces alone: replies that are readable, and never end by
     themselves."""
@@ -39,3 +46,18 @@ def only_text(cm: ContextManager) -> dict[int, float]:
 
 def is_plain(piece: bytes) -> bool:
     return bool(piece) and all(char in b"abcdefghijklmnopqrstuvwxyz " for char in piece)
+
+
+def wish(stream: Stream, ids: Iterable[int]) -> Stream:
+    """Let the model want exactly `ids` one after the other, then the end of generation. What it gets is up to whatever
+    stands between its logits and a greedy choice: a grammar, a budget."""
+    generation = stream._generation
+    left, choose = iter(ids), generation.choose
+
+    def choose_what_is_wanted(logits: Any) -> int | None:
+        logits = logits.copy()
+        logits[next(left, int(stream._cm.vocab.eos))] = logits.max() + 1000.0
+        return choose(logits)
+
+    generation.choose = choose_what_is_wanted  # type: ignore[method-assign]
+    return stream

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from models import model_path
 from oracle import oracle_for
-from scripted import only_text, script, scripted
+from scripted import only_text, reply_of, script, scripted
+from test_reasoning import CALL
 
 from llama_sessions import PRESETS, ContextManager, Engine, NoFreeSlot, OptionError, Session, StateError
 
@@ -269,6 +270,20 @@ def test_a_raw_session_takes_no_system_text(load: Loader) -> None:
     assert b"".join(map(cm.vocab.piece, cm.tokens(session).tolist())) == b"Once upon a time"
     assert session.is_raw
     assert session.copy().is_raw
+
+
+@pytest.mark.parametrize("said", ["<think>hm</think> So.", " \n<think>", '{"name": "add", "parameters": {}}', CALL])
+@pytest.mark.parametrize("prompt", ["Once", "Once <think>\n"])
+def test_nothing_is_taken_out_of_what_a_raw_session_says(load: Loader, said: str, prompt: str) -> None:
+    engine, session = Engine(load()), Session.raw(prompt)
+    session.tools = [{"type": "function", "function": {"name": "add"}}]
+    chunks = list(scripted(engine, session, None, said, by_byte=True, think_budget=0))
+    reply = chunks[-1].reply
+    assert reply is not None
+    assert (reply.text, reply.thinking, reply.tool_calls) == (said, "", ())
+    assert "".join(c.text for c in chunks) == said
+    assert session.messages[-1] == {"role": "assistant", "content": said}
+    assert reply_of(scripted(engine, session, " ", said, stop="\n")).text == said.partition("\n")[0]
 
 
 # -- log-probabilities, usage, presets

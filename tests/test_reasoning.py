@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from models import model_path
 from oracle import oracle_for
-from scripted import ids_of, script, scripted
+from scripted import ids_of, reply_of, script, scripted
 
 from llama_sessions import ContextManager, Engine, OptionError, Session
 
@@ -118,6 +118,29 @@ def test_without_tools_a_call_is_only_text(load: Loader) -> None:
     reply = list(scripted(engine, session, "2 + 3?", CALL))[-1].reply
     assert reply is not None
     assert (reply.text, reply.tool_calls) == (CALL, ())
+
+
+@pytest.mark.parametrize("by_byte", [False, True])
+def test_json_that_was_asked_for_is_no_call(load: Loader, by_byte: bool) -> None:
+    """A template that says nothing about tools leaves all formats possible, bare JSON too."""
+    engine, session = Engine(load(chat_template=STRIPS)), Session(tools=TOOLS)
+    asked = {"type": "object", "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}}}
+    person = '{"name": "add", "parameters": {}}'
+    assert reply_of(scripted(engine, session, "Who?", person, by_byte=by_byte)).tool_calls
+    for form in ({"json_schema": asked}, {"grammar": "root ::= [^x]*"}):
+        reply = reply_of(scripted(engine, session, "Who?", person, by_byte=by_byte, **form))
+        assert (reply.text, reply.tool_calls) == (person, ())
+        assert session.messages[-1] == {"role": "assistant", "content": person}
+
+
+def test_a_grammar_that_spells_the_tag_of_a_call_asks_for_calls(load: Loader) -> None:
+    engine, session = Engine(load(chat_template=STRIPS)), Session(tools=TOOLS)
+    grammar = 'root ::= "<tool_call>" [^x]* "</tool_call>"'
+    reply = reply_of(scripted(engine, session, "2 + 3?", CALL, grammar=grammar))
+    assert [call["function"]["name"] for call in reply.tool_calls] == ["add"]
+    quoted = f'{{"q": {json.dumps(CALL)}}}'
+    reply = reply_of(scripted(engine, session, "Quote it.", quoted, json_schema={"type": "object"}))
+    assert (reply.text, reply.tool_calls) == (quoted, ())
 
 
 def test_a_result_goes_back_and_costs_only_what_is_new(load: Loader) -> None:

@@ -7,9 +7,9 @@ token is decoded: between two steps anything may happen to other sessions.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from .errors import OptionError, StateError
 from .generation_options import GenerationOptions
@@ -24,6 +24,7 @@ from .reply import Chunk, Reply, TokenLogprob, logprobs_of, reply_fields
 from .reply_parser import Part, ReplyParser
 from .session import Session
 from .speech import Speech
+from .thinking import Thinking
 from .types import Constraint, FloatArray, Message
 
 _TAIL = 256  # characters of the prompt in which a reply header is looked for
@@ -60,10 +61,9 @@ class Generation:
         self._sampler = Sampler(options, cm.capabilities.n_vocab)
         self._grammar = self.form(cm, options) if form is None else form
         self._on_end = on_end
-        self._speech = Speech(options.stops, ReplyParser(cm.reply_format, tools=False))
+        self._speech = Speech(ReplyParser(None, tools=False))
+        self._thinking = self._thinking_of(self._speech)
         self._logprobs: list[TokenLogprob] = []
-        self._forced: deque[int] = deque()
-        self._n_thinking = 0
         self._user: Message | None = None
         self._asked: Message | None = None
         self._partial: str | None = None  # what the message to continue said before
@@ -123,12 +123,30 @@ class Generation:
                 self._before = self._spelling_before(self._partial)
             self._row, self._n_prompt = self._pending.row, self._pending.n_tokens
             self._sampler.begin(self._pending.tokens)
-            thinks = self._opened_by_header = cm.reply_format.starts_thinking(self._pending.rendered.tail(_TAIL))
-            parser = ReplyParser(cm.reply_format, tools=bool(session.tools), thinking_open=thinks)
-            self._speech = Speech(options.stops, parser)
+            self._speech = Speech(self._parser())
+            self._thinking = self._thinking_of(self._speech)
+            self._opened_by_header = self._speech.is_thinking
         except BaseException:
             self.fail()
             raise
+
+    def _parser(self) -> ReplyParser:
+        """What takes the reply apart. A raw session's is text. One bound by a schema calls no tools, and one bound by a
+        grammar only in a format whose opening tag stands in that grammar: JSON that was asked for is no call."""
+        session, options, known = self.session, self._options, self._cm.reply_format
+        if session.is_raw:
+            return ReplyParser(None, tools=False, stops=options.stops)
+        bound = options.grammar if options.json_schema is None else ""
+        formats = tuple(f for f in known.tool_formats if bound is None or f.opener in bound)
+        return ReplyParser(
+            replace(known, tool_formats=formats),
+            tools=bool(session.tools),
+            thinking_open=known.starts_thinking(self._begun().rendered.tail(_TAIL)),
+            stops=options.stops,
+        )
+
+    def _thinking_of(self, speech: Speech) -> Thinking:
+        return Thinking(self._cm.vocab, speech, self._cm.reply_format.think_close, self._options.think_budget)
 
     def work(self, n_tokens: int) -> Work | None:
         """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
@@ -169,18 +187,16 @@ class Generation:
 
     def choose(self, logits: FloatArray) -> int | None:
         """The next token, by force or by the sampler, noted with its log-probability; for `chunks`."""
-        options, speech = self._options, self._speech
-        thinks, budget = speech.is_thinking, options.think_budget
-        if budget is not None and thinks and not self._forced and self._n_thinking >= budget:
-            closing = self._cm.reply_format.think_close
-            self._forced.extend(self._cm.vocab.tokenize(closing, special=True).tolist())
-        token: int | None
-        if self._forced:
-            token = forced = self._forced.popleft()
-            self._sampler.accept(forced)
-        else:
-            token = self._sampler.sample(logits, None if thinks and self._opened_by_header else self._grammar)
-        self._n_thinking += thinks
+        options, sampler, thinking = self._options, self._sampler, self._thinking
+        is_free = self._opened_by_header and self._speech.is_thinking  # no grammar is about it
+        rule = None if is_free else self._grammar
+        token = thinking.forced(rule)
+        if token is None:
+            token = sampler.sample(logits, rule)
+            if token is not None and is_free and self._grammar is not None:
+                token = thinking.instead_of(token)
+        if token is not None:
+            sampler.accept(token, rule)
         if token is not None and options.logprobs is not None:
             own, best = logprobs_of(logits, token, options.logprobs)
             piece = self._cm.vocab.piece

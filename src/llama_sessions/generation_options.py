@@ -29,8 +29,11 @@ class GenerationOptions:
 
     Penalties look at the last 64 tokens of prompt and reply. `temperature` 0 is greedy. `seed` None: a random one.
     `logit_bias` maps token ids to what is added to their logit (-inf bans a token). `stop`: texts that end the reply
-    and are not shown. `grammar` (GBNF) or `json_schema` (a dict, or JSON text) is what the reply must be; after the
-    thinking, where the reply header has opened one. `think_budget`: tokens after which thinking is closed.
+    and are not shown; they do not count within the thinking. `grammar` (GBNF) or `json_schema` (a dict, or JSON text)
+    is what the reply must be; after the thinking, where the reply header has opened one, and where the model would end
+    the reply in it, the thinking is closed instead. What a schema binds is content and never a tool call; what a
+    grammar binds may be one in a format whose opening tag stands in the grammar. `think_budget`: tokens after which
+    thinking is closed, unless the grammar is about it and refuses that.
     `logprobs`: how many alternatives to report with each token (0: only its own). `timeout_s`: seconds after which
     the reply ends as it stands. `continue_last`: go on with the last message, which is the assistant's. `preset`: one
     of `PRESETS`, under what is given beside it.

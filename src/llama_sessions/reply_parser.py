@@ -18,6 +18,7 @@ from .call_reader import CallReader, ToolCallDelta
 from .errors import StateError
 from .json_scan import SPACE
 from .reply_format import ReplyFormat, ToolFormat
+from .stops import StopFilter, n_begun
 
 Kind: TypeAlias = Literal["content", "thinking", "tool_call"]
 
@@ -34,11 +35,13 @@ class Part:
 
 
 class ReplyParser:
-    """Feed it visible text, cut anywhere; it gives out parts as soon as they are certain.
+    """Feed it text, cut anywhere; it gives out parts as soon as they are certain.
 
-    `tools`: whether calls are looked for; else they are content. `thinking_open`: the prompt ends inside the thinking
-    (`ReplyFormat.starts_thinking`). `id_seed`: the same seed draws the same ids of calls, so use another for every
-    reply; None draws random ones. The cost in all is linear in the reply's length.
+    `reply_format` None: nothing is marked in it, all is content. `tools`: whether calls are looked for; else they are
+    content. `thinking_open`: the prompt ends inside the thinking (`ReplyFormat.starts_thinking`). `stops`: texts at
+    which it ends, looked for in all that stands behind the thinking and the white space there. `id_seed`: the same seed
+    draws the same ids of calls, so use another for every reply; None draws random ones. The cost in all is linear in
+    the reply's length.
 
     Thinking stands at the start of a reply only. Calls of Llama 3 are the whole reply (behind the thinking), others
     may stand anywhere behind the thinking. `tool_calls`: those that are whole, in OpenAI's form; before the final push
@@ -46,19 +49,28 @@ class ReplyParser:
     """
 
     def __init__(
-        self, reply_format: ReplyFormat, *, tools: bool, thinking_open: bool = False, id_seed: int | None = None
+        self,
+        reply_format: ReplyFormat | None,
+        *,
+        tools: bool,
+        thinking_open: bool = False,
+        stops: Sequence[str] = (),
+        id_seed: int | None = None,
     ) -> None:
         self.tool_calls: list[dict[str, Any]] = []
-        self._format = reply_format
+        self._format = ReplyFormat(tool_formats=()) if reply_format is None else reply_format
         self._thinking_open = thinking_open
-        formats = reply_format.tool_formats if tools else ()
+        formats = self._format.tool_formats if tools else ()
         self._openers = {known.opener: known for known in formats if known is not ToolFormat.LLAMA3}
         self._opener = re.compile("|".join(map(re.escape, self._openers))) if self._openers else None
         self._whole_reply_calls = ToolFormat.LLAMA3 in formats
         # Mistral's templates refuse ids that are not nine letters or digits; others take any.
         self._random: random.Random = random.SystemRandom() if id_seed is None else random.Random(id_seed)
 
-        self._state = "start"  # then "thinking", "head" (of what is said), "content", "call"
+        # "start", "thinking" and the "gap" behind it; then "head" (of what is said), "content", "call"
+        self._state = "start" if reply_format is not None else "content"
+        self._stops = StopFilter(stops)
+        self._stops_count = reply_format is None  # from here on
         self._reader: CallReader | None = None
         self._text, self._at, self._final = "", 0, False
         self._over = False
@@ -75,6 +87,20 @@ class ReplyParser:
     def is_thinking(self) -> bool:
         """Whether what comes next is thought: a tag, or the prompt, has opened the thinking."""
         return self._state == "thinking" or (self._state == "start" and self._thinking_open)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found. Nothing behind it counts."""
+        return self._stops.stopped
+
+    @property
+    def n_closed(self) -> int:
+        """While it is thinking: characters of the tag that closes it which are there already."""
+        return n_begun(self._text, self._at, (self._format.think_close,))
+
+    def said_behind(self, text: str) -> str:
+        """While it is thinking: what would be said behind it, if `text` came next."""
+        return (self._text[self._at :] + text).partition(self._format.think_close)[2].strip(SPACE)
 
     @property
     def content(self) -> str:
@@ -95,6 +121,8 @@ class ReplyParser:
             if text:
                 raise StateError(f"the reply has ended; {len(text)} characters came behind its final text")
             return []
+        if self._stops_count:
+            text = self._stops.push(text, final=final)
         if self._state == "content" and self._opener is None and not self._at_tag and not self._space:
             # Nothing can follow but content: a token of a plain reply passes through.
             self._over = final
@@ -107,6 +135,7 @@ class ReplyParser:
         steps = {
             "start": self._read_start,
             "thinking": self._read_thinking,
+            "gap": self._read_gap,
             "head": self._read_head,
             "content": self._read_content,
             "call": self._read_call,
@@ -131,7 +160,8 @@ class ReplyParser:
             self._pass_tag()
             self._state = "thinking"
         else:
-            self._state = "head"
+            self._begin_answer("".join(self._space))
+            self._space.clear()
         return True
 
     def _read_thinking(self) -> bool:
@@ -143,8 +173,23 @@ class ReplyParser:
         self._say("thinking", end)
         self._at = end + len(close)
         self._pass_tag()
-        self._state = "head"
+        self._state = "gap"
         return True
+
+    def _read_gap(self) -> bool:
+        """White space behind the thinking, which is never shown."""
+        self._skip_space()
+        if self._at == len(self._text):
+            return False
+        self._begin_answer("")
+        return True
+
+    def _begin_answer(self, space: str) -> None:
+        """Stop strings count from here on, `space` before it included."""
+        self._stops_count = True
+        rest = space + self._text[self._at :]
+        self._text, self._at = self._stops.push(rest, final=self._final), 0
+        self._state = "head"
 
     def _read_head(self) -> bool:
         """White space, then perhaps calls that are the whole reply."""
@@ -213,7 +258,7 @@ class ReplyParser:
 
     def _take_back(self, raw: str) -> None:
         """What was taken for a call is content, but its last characters may begin a tag: those are read again."""
-        n_again = _n_begun(raw, 0, tuple(self._openers))
+        n_again = n_begun(raw, 0, tuple(self._openers))
         self._add("content", raw[: len(raw) - n_again])
         if n_again <= self._at:
             self._at -= n_again
@@ -239,7 +284,7 @@ class ReplyParser:
 
     def _say_rest(self, kind: Kind, tags: Sequence[str]) -> None:
         """All there is is of this kind, but for what one of `tags` may begin with."""
-        n_held = 0 if self._final else _n_begun(self._text, self._at, tags)
+        n_held = 0 if self._final else n_begun(self._text, self._at, tags)
         self._say(kind, len(self._text) - n_held)
         if (self._final or not tags) and not self._at_tag:
             self._put(kind, "".join(self._space))
@@ -272,14 +317,3 @@ class ReplyParser:
         if self._run:
             self._parts.append(Part(self._run_kind, "".join(self._run)))
             self._run = []
-
-
-def _n_begun(text: str, at: int, tags: Sequence[str]) -> int:
-    """Characters at the end of `text[at:]` that one of `tags` begins with, but not all of it."""
-    n_begun = 0
-    for tag in tags:
-        for n in range(min(len(tag) - 1, len(text) - at), n_begun, -1):
-            if text.endswith(tag[:n]):
-                n_begun = n
-                break
-    return n_begun

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .reply_parser import Part, ReplyParser
-from .text_stream import TextStream
 
 
 class Speech:
-    """Feed it tokens with their bytes; it gives out what they make visible, a part a kind."""
+    """Feed it tokens with their bytes; it gives out what they make visible, a part a kind; never half a character."""
 
-    def __init__(self, stops: Sequence[str], parser: ReplyParser) -> None:
+    def __init__(self, parser: ReplyParser) -> None:
         self.tokens: list[int] = []
         self._pieces: list[bytes] = []
-        self._stream = TextStream(stops)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._parser = parser
         self._over = False
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was found."""
-        return self._stream.stopped
+        return self._parser.stopped
 
     @property
     def is_thinking(self) -> bool:
         return self._parser.is_thinking
+
+    @property
+    def n_closed(self) -> int:
+        """While it is thinking: characters of the tag that closes it which stand there already, whole."""
+        return 0 if self._decoder.getstate()[0] else self._parser.n_closed
+
+    def said_behind(self, piece: bytes) -> str:
+        """While it is thinking: what would be said behind it, if `piece` came next."""
+        return self._parser.said_behind((self._decoder.getstate()[0] + piece).decode("utf-8", "replace"))
 
     @property
     def text(self) -> str:
@@ -45,14 +54,14 @@ class Speech:
         """What one more token makes visible."""
         self._pieces.append(piece)  # first: an interrupt in between leaves a piece for every token
         self.tokens.append(token)
-        return self._parser.push(self._stream.push(piece))
+        return self._parser.push(self._decoder.decode(piece))
 
     def end(self) -> list[Part]:
         """Whatever was held back; nothing the second time."""
         if self._over:
             return []
         self._over = True
-        return self._parser.push(self._stream.push(b"", final=True), final=True)
+        return self._parser.push(self._decoder.decode(b"", final=True), final=True)
 
     def ids_spelling(self, text: str) -> list[int]:
         """The sampled ids that spell the content `text` (neither a stop string nor thinking); empty if none do."""

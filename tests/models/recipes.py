@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from random_gguf.transformer import Shape
-from random_gguf.vocab import CHATML, byte_level_bpe, sentencepiece, wordpiece
+from random_gguf.vocab import CHATML, CHATML_CONTROLS, byte_level_bpe, sentencepiece, wordpiece
 from random_gguf.weights import Metadata
 
 from .templates import GEMMA, MISTRAL
@@ -14,7 +14,10 @@ from .templates import GEMMA, MISTRAL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One model. `pre`: a bpe vocab's pre-tokenizer, by llama.cpp's name. `chat_template` None leaves the key out."""
+    """One model. `pre`: a bpe vocab's pre-tokenizer, by llama.cpp's name. `chat_template` None leaves the key out.
+
+    `controls`: () is those of ChatML for bpe, none but the usual for spm.
+    """
 
     arch: Literal["llama", "gemma3", "mamba", "falcon-h1", "bert"] = "llama"
     vocab: Literal["bpe", "spm", "wpm"] = "bpe"
@@ -56,7 +59,8 @@ class Recipe:
         """The `tokenizer.*` metadata, chat template included."""
         match self.vocab:
             case "bpe":
-                metadata = byte_level_bpe(self.n_vocab, pre=self.pre, add_bos=self.add_bos)
+                controls = self.controls or CHATML_CONTROLS
+                metadata = byte_level_bpe(self.n_vocab, pre=self.pre, add_bos=self.add_bos, controls=controls)
             case "spm":
                 metadata = sentencepiece(
                     self.n_vocab,

@@ -124,23 +124,20 @@ class Sampler:
                 llama_cpp.llama_sampler_accept(self._chain, int(token))
 
     def sample(self, logits: FloatArray, grammar: Constraint | None = None) -> int | None:
-        """Draw a token from (n_vocab,) float32 logits and accept it; None if every token is banned.
+        """Draw a token from (n_vocab,) float32 logits, for `accept`; None if every token is banned.
 
         A grammar is asked about the token that was drawn without it, which costs next to nothing; only if it says no,
         the draw is repeated among the tokens that it allows (as llama.cpp's own tools do).
         """
         token = self._draw(logits)
-        if grammar is not None:
-            if token is None or not grammar.allows(token):
-                token = self._draw_allowed(logits, grammar)
-            if token is not None:
-                grammar.accept(token)
-        if token is not None:
-            self.accept(token)
+        if grammar is not None and (token is None or not grammar.allows(token)):
+            token = self._draw_allowed(logits, grammar)
         return token
 
-    def accept(self, token: int) -> None:
-        """Note a token of the reply, drawn here or not."""
+    def accept(self, token: int, grammar: Constraint | None = None) -> None:
+        """The reply goes on with a token, drawn here or not."""
+        if grammar is not None:
+            grammar.accept(token)
         if self._stateful:
             llama_cpp.llama_sampler_accept(self._chain, token)
 

@@ -1,0 +1,158 @@
+"""How thinking ends: by the model, by a budget, by a grammar that is owed; and what stop strings have to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scripted import ids_of, reply_of, script, scripted, wish
+from test_reasoning import OPENS, STRIPS
+
+from llama_sessions import ContextManager, Engine, Session
+
+Loader = Callable[..., ContextManager]
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+YES = 'root ::= "yes" | "no"'
+WHOLE = {"controls": ("<|endoftext|>", "<|im_start|>", "</think>", "</think>So", ">So", "> \n", "<|im_end|>")}
+
+
+def control(cm: ContextManager, *texts: str) -> list[int]:
+    return [cm.vocab.control[text] for text in texts]
+
+
+# -- stop strings
+
+
+@pytest.mark.parametrize("stop", [">", ">>", "\n", "k>\nSo", "hm", "</think>", "<"])
+@pytest.mark.parametrize("template", [STRIPS, OPENS])
+@pytest.mark.parametrize("by_byte", [False, True])
+def test_a_stop_string_stops_no_thinking(load: Loader, stop: str, template: str, by_byte: bool) -> None:
+    engine = Engine(load(chat_template=template))
+    said = "hm\n</think>\nSo it is."
+    said = said if template is OPENS else "\n<think>" + said
+    reply = reply_of(scripted(engine, Session(), "Why?", said, by_byte=by_byte, stop=stop))
+    assert (reply.thinking, reply.text, reply.stop_reason) == ("hm", "So it is.", "stop")
+
+
+@pytest.mark.parametrize(("stop", "text"), [("So", ""), (" it", "So"), ("\n", "So it is"), (".", "So it is\n")])
+@pytest.mark.parametrize("by_byte", [False, True])
+def test_a_stop_string_behind_the_thinking_stops(load: Loader, stop: str, text: str, by_byte: bool) -> None:
+    engine, session = Engine(load(chat_template=OPENS)), Session()
+    stream = scripted(engine, session, "Why?", "So\n. it</think>\n\nSo it is\n. So", by_byte=by_byte, stop=stop)
+    chunks = list(stream)
+    reply = chunks[-1].reply
+    assert reply is not None
+    assert (reply.thinking, reply.text, reply.stop_reason) == ("So\n. it", text, "stop_string")
+    assert "".join(c.text for c in chunks if c.kind == "content") == text
+
+
+def test_without_thinking_white_space_at_the_start_may_stop(load: Loader) -> None:
+    engine = Engine(load(chat_template=STRIPS))
+    assert reply_of(scripted(engine, Session(), "Why?", "\n\nSo.", by_byte=True, stop="\n")).text == ""
+    shown = reply_of(scripted(engine, Session(), "Why?", "\n So.\nIt", by_byte=True, stop=".\n"))
+    assert (shown.text, shown.stop_reason) == ("\n So", "stop_string")
+
+
+# -- the budget
+
+
+@pytest.mark.parametrize("stop", [">", ">>", "<", "\n"])
+def test_a_stop_string_that_begins_like_the_tag_does_not_close_it_twice(load: Loader, stop: str) -> None:
+    cm = load(chat_template=OPENS)
+    thoughts, answer = ids_of(cm, "hm", by_byte=True), ids_of(cm, "So.")
+    stream = Engine(cm).stream(Session(), "Why?", think_budget=2, stop=stop)
+    reply = reply_of(script(stream, [*thoughts, *answer]))
+    assert list(reply.tokens) == [*thoughts, *ids_of(cm, "</think>"), *answer]
+    assert (reply.thinking, reply.text) == ("hm", "So.")
+
+
+@pytest.mark.parametrize("stop", [None, ">>"])
+@pytest.mark.parametrize("budget", [None, 2])
+def test_a_grammar_holds_from_the_very_first_token_behind_the_tag(
+    load: Loader, stop: str | None, budget: int | None
+) -> None:
+    cm = load(chat_template=OPENS)
+    wanted = [*ids_of(cm, "hm", by_byte=True), *ids_of(cm, "</think>"), *ids_of(cm, "Oh no", by_byte=True)]
+    stream = Engine(cm).stream(Session(), "Why?", think_budget=budget, stop=stop, grammar=YES, **GREEDY)
+    reply = reply_of(wish(stream, wanted))
+    assert (reply.thinking, reply.stop_reason) == ("hm", "stop")
+    assert reply.text in ("yes", "no")
+
+
+@pytest.mark.parametrize("begun", ["<", "</", "</th", "</think"])
+@pytest.mark.parametrize("budget_more", [0, 1])
+def test_a_budget_that_ends_within_the_tag_ends_the_tag(load: Loader, begun: str, budget_more: int) -> None:
+    cm = load(chat_template=OPENS)
+    thoughts = [*ids_of(cm, "hm "), *ids_of(cm, begun, by_byte=True)]
+    rest = "</think>".removeprefix(begun)
+    own = ids_of(cm, rest[:budget_more])
+    stream = Engine(cm).stream(Session(), "Why?", think_budget=len(thoughts) + budget_more)
+    reply = reply_of(script(stream, [*thoughts, *own, *ids_of(cm, "So.")]))
+    assert (reply.thinking, reply.text) == ("hm", "So.")
+    assert list(reply.tokens) == [*thoughts, *own, *ids_of(cm, rest[budget_more:]), *ids_of(cm, "So.")]
+
+
+def test_where_the_rest_of_a_tag_has_no_tokens_the_whole_tag_is_forced(load: Loader) -> None:
+    cm = load("llama-spm", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}<think>")
+    byte = {cm.vocab.piece(token): token for token in range(cm.vocab.n_tokens)}
+    thoughts = [byte[bytes([char])] for char in b"hm</th"]
+    reply = reply_of(script(Engine(cm).stream(Session(), "Why?", think_budget=6), [*thoughts, byte[b"S"]]))
+    assert (reply.thinking, reply.text) == ("hm</th", "S")
+    assert list(reply.tokens) == [*thoughts, *ids_of(cm, "</think>"), byte[b"S"]]
+
+
+def test_a_tag_that_is_one_token_is_forced_whole_behind_what_looks_like_it(load: Loader) -> None:
+    cm = load(model=WHOLE, chat_template=OPENS)
+    thoughts = ids_of(cm, "a <", by_byte=True)
+    reply = reply_of(script(Engine(cm).stream(Session(), "Why?", think_budget=3), [*thoughts, *ids_of(cm, "So.")]))
+    assert list(reply.tokens) == [*thoughts, *control(cm, "</think>"), *ids_of(cm, "So.")]
+    assert (reply.thinking, reply.text) == ("a <", "So.")
+
+
+def test_a_budget_forces_nothing_that_the_grammar_refuses(load: Loader) -> None:
+    """Where no header opened the thinking, the grammar is about it too."""
+    engine = Engine(load())
+    grammar = 'root ::= "<think>" [a-c]{4} "</think>" "yes"'
+    reply = engine.complete("x", grammar=grammar, think_budget=1, **GREEDY)
+    assert (len(reply.thinking), reply.text, reply.stop_reason) == (4, "yes", "stop")
+    free = engine.complete("x", grammar='root ::= "<think>" [a-c]+ "</think>" "yes"', think_budget=3, **GREEDY)
+    assert (len(free.thinking), free.text, free.stop_reason) == (3, "yes", "stop")
+
+
+# -- what a grammar is owed
+
+
+@pytest.mark.parametrize("thought", ["", "hm", "hm</thi"])
+def test_an_end_within_the_thinking_closes_it_where_a_grammar_is_owed(load: Loader, thought: str) -> None:
+    cm = load(chat_template=OPENS)
+    thoughts = ids_of(cm, thought, by_byte=True)
+    reply = reply_of(wish(Engine(cm).stream(Session(), "Why?", grammar=YES, **GREEDY), thoughts))
+    assert (reply.thinking, reply.stop_reason) == (thought.partition("<")[0], "stop")
+    assert reply.text in ("yes", "no")
+    spelled = b"".join(map(cm.vocab.piece, reply.tokens)).decode()
+    assert spelled == thought.partition("<")[0] + "</think>" + reply.text
+    alone = reply_of(wish(Engine(cm).stream(Session(), "Why?", **GREEDY), thoughts))
+    assert (list(alone.tokens), alone.text, alone.stop_reason) == (thoughts, "", "stop")
+
+
+@pytest.mark.parametrize(("thought", "token"), [("hm", "</think>So"), ("hm</think", ">So")])
+def test_a_token_that_goes_on_behind_the_tag_does_not_pass_the_grammar_by(
+    load: Loader, thought: str, token: str
+) -> None:
+    cm = load(model=WHOLE, chat_template=OPENS)
+    wanted = [*ids_of(cm, thought, by_byte=True), *control(cm, token)]
+    reply = reply_of(wish(Engine(cm).stream(Session(), "Why?", grammar=YES, **GREEDY), wanted))
+    assert not set(control(cm, token)) & set(reply.tokens)
+    assert (reply.text in ("yes", "no"), reply.stop_reason) == (True, "stop")
+    assert reply.thinking == thought
+    alone = reply_of(wish(Engine(cm).stream(Session(), "Why?", **GREEDY), wanted))
+    assert (list(alone.tokens), alone.thinking, alone.text) == (wanted, "hm", "So")
+
+
+def test_white_space_behind_the_tag_may_be_in_its_token(load: Loader) -> None:
+    cm = load(model=WHOLE, chat_template=OPENS)
+    wanted = [*ids_of(cm, "hm</think", by_byte=True), *control(cm, "> \n")]
+    reply = reply_of(wish(Engine(cm).stream(Session(), "Why?", grammar=YES, **GREEDY), wanted))
+    assert list(reply.tokens)[: len(wanted)] == wanted
+    assert (reply.thinking, reply.text in ("yes", "no")) == ("hm", True)

@@ -69,6 +69,11 @@ def checked_text(name: str, value: object) -> str:
     return value
 
 
+def function_name(function: Callable[..., Any]) -> str:
+    """What to call a function of the user's in a message."""
+    return getattr(function, "__name__", None) or repr(function)
+
+
 def check_known(what: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
     """OptionError for the first name that is not known."""
     for name in options:

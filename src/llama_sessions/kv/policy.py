@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..errors import OptionError
-from ..options import checked_choice, checked_float
+from ..options import checked_choice, checked_float, function_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def policy_for(policy: str | Policy) -> Policy:
 
 def priority(policy: Policy, usage: Usage) -> float:
     """What `policy` says of `usage`; OptionError that names it, where it raises or says no finite number."""
-    name = getattr(policy, "__name__", None) or repr(policy)
+    name = function_name(policy)
     try:
         value = policy(usage)
     except Exception as e:

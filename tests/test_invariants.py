@@ -232,6 +232,7 @@ def test_3_isolation_of_a_parent_from_a_failure_of_its_fork(
     parent = said("Who are you?", "Nobody.", "Really?")
     cm.prepare(parent)
     child = cm.fork(parent)
+    cm.pin(parent)  # else it would be parked for the child where there is no room
     before = cm.logits(parent).copy()
     decode_fault.plant(outcome, when)
     with pytest.raises((LlamaSessionsError, KeyboardInterrupt)):
@@ -337,6 +338,7 @@ def test_7_retry_safe_after_a_failed_prefill(
 ) -> None:
     neighbour = said("What time is it?")
     cm.prepare(neighbour)
+    cm.pin(neighbour)  # else it would be parked where there is no room
     before = cm.logits(neighbour).copy()
     session = said("Who are you?")
     cm.prepare(session)
@@ -406,6 +408,7 @@ def test_7_retry_safe_after_a_failed_step_of_several_sessions(
     first, second, third = said("Who are you?"), said("What time is it?"), said("Where am I? Am I there?")
     cm.prepare(first)
     cm.prepare(third)
+    cm.pin(third)  # else it would be parked where there is no room
     work = [NextToken(first, 65), PromptChunk(cm.begin(second), 1000)]
     before = cm.logits(third).copy()
     decode_fault.plant(outcome, when)
@@ -431,6 +434,7 @@ def test_7_retry_safe_after_a_failed_set_system(
     cm.set_system("Be brief.")
     session = said("Who are you?")
     cm.prepare(session)
+    cm.pin(session)  # else it would be parked where there is no room
     before = cm.logits(session).copy()
     decode_fault.plant(outcome, when)
     with pytest.raises((LlamaSessionsError, KeyboardInterrupt)):

@@ -15,11 +15,14 @@ from oracle import oracle_for
 from scripted import only_text
 
 from llama_sessions import (
+    CapacityError,
     ContextManager,
+    ContextOverflow,
     Engine,
     NextToken,
     NoFreeSlot,
     OptionError,
+    PromptChunk,
     RadixOptions,
     Session,
     SnapshotError,
@@ -29,6 +32,7 @@ from llama_sessions.kv.costs import Costs
 from llama_sessions.kv.sequences import Sequences
 from llama_sessions.kv.snapshot import Snapshots
 from llama_sessions.llama.context import LlamaContext
+from llama_sessions.planner import Planner
 from llama_sessions.testing import FakeContext, fake_parts, fresh_logits
 
 Loader = Callable[..., ContextManager]
@@ -767,3 +771,155 @@ def test_a_turn_with_a_call_only_grows(load: Loader) -> None:
     session.add_tool_result("1", "a")
     cm.prepare(session)
     assert cm.stats().radix.n_bytes == 0
+
+
+# -- who goes when something is short
+
+
+def crowded(load: Loader) -> tuple[ContextManager, Session, Session]:
+    """A narrow window full of cells that two rows share: llama.cpp reuses none of them while both have them."""
+    cm = open_kind(load, "narrow window", n_ctx=2048, n_batch=64, n_ubatch=64)
+    first = said("~" * 430)
+    cm.prepare(first)
+    return cm, first, cm.fork(first)
+
+
+@pytest.mark.parametrize("wants", ["prompt", "system"])
+def test_where_llama_cpp_finds_no_room_an_idle_session_is_parked_and_it_is_tried_again(
+    load: Loader, wants: str
+) -> None:
+    cm, first, twin = crowded(load)
+    other = said("#" * 200)
+    if wants == "system":
+        assert cm.set_system("#" * 200) > 200
+    cm.prepare(other)
+    assert [cm._seats.get(s) is None for s in (first, twin)] == [True, False]  # one was enough, the older one
+    for session in (other, twin, first):
+        assert_exact(cm, session)
+
+
+@pytest.mark.parametrize("wants", ["prompt", "system"])
+def test_where_nobody_may_be_parked_for_it_the_error_has_the_numbers(load: Loader, wants: str) -> None:
+    cm, first, twin = crowded(load)
+    cm.pin(first)
+    cm.pin(twin)
+    with pytest.raises(CapacityError, match=r"no room for 64 tokens where \d+ of 2048 .* swa_full=True") as e:
+        cm.prepare(said("#" * 200)) if wants == "prompt" else cm.set_system("#" * 200)
+    assert (e.value.needed, e.value.unit) == (64, "cells")
+    assert cm.stats().n_parked == 0
+    cm.pin(first, False)
+    other = said("#" * 200)
+    cm.prepare(other)
+    assert_exact(cm, other)
+
+
+def shared_by_two() -> tuple[ContextManager, Session, Session]:
+    """Two idle rows with the same 150 of 300 cells: parking one of them frees none."""
+    cm = ContextManager.over(fake_parts(n_ctx=300, max_sessions=4))
+    first = said("~" * 100)
+    for i in range(150 - cm.prepare(first)):
+        cm.append(first, 65 + i % 20)
+    return cm, first, cm.fork(first)
+
+
+def with_a_pinned(cm: ContextManager) -> int:
+    """A session that never goes, and shares with nobody; its cells."""
+    pinned = said("pinned " * 8, namespace="apart")
+    n = cm.prepare(pinned)
+    cm.pin(pinned)
+    cm.kept = pinned  # type: ignore[attr-defined]
+    return n
+
+
+def test_a_preview_counts_a_shared_cell_once() -> None:
+    cm, first, twin = shared_by_two()
+    most = 300 - with_a_pinned(cm)
+    fitting, too_long = said("#" * 190, namespace="b"), said("#" * 240, namespace="b")
+    assert cm.preview(fitting).n_tokens < most < cm.preview(too_long).n_tokens < 300
+    assert cm.preview(too_long).fits is False
+    assert cm.preview(fitting).fits is True
+    cm.prepare(fitting)
+    assert cm.stats().n_parked == 2  # its last owner had to go, too
+    assert cm._seats.get(first) is cm._seats.get(twin) is None
+
+
+@pytest.mark.parametrize("wants", ["prompt", "system"])
+def test_what_parking_cannot_make_possible_parks_nobody(wants: str) -> None:
+    cm, *idle = shared_by_two()
+    most = 300 - with_a_pinned(cm)
+    too_long = said("#" * 240, namespace="b")
+    n = cm.preview(too_long).n_tokens
+    with pytest.raises(CapacityError) as e:
+        cm.prepare(too_long) if wants == "prompt" else cm.set_system("#" * 240)
+    assert e.value.available == most
+    if wants == "prompt":
+        assert e.value.needed == n
+    assert cm.stats().n_parked == 0
+    assert all(cm._seats.get(session) for session in idle)
+
+
+def test_a_step_parks_for_what_can_be_had_and_for_nothing_else() -> None:
+    cm, first, twin = shared_by_two()
+    small, big = cm.begin(said("?" * 20)), cm.begin(said("#" * 30))
+    while cm.stats().n_cells_unique < 300 - 5:
+        cm.append(twin, 65)
+    cm.pin(twin)
+    report = cm.step([PromptChunk(big, 30), PromptChunk(small, 3)])
+    error = report.results[big.session].error
+    assert isinstance(error, CapacityError)
+    assert (error.needed, error.available) == (30, 5)
+    assert report.results[small.session].error is None
+    assert cm.stats().n_parked == 0  # all that the first one has is the twin's, too
+    assert cm._seats.get(first) is not None
+    cm.pin(twin, False)
+    report = cm.step([PromptChunk(big, 30), PromptChunk(small, 3)])
+    assert all(result.error is None for result in report.results.values())
+    assert cm.stats().n_parked == 2
+
+
+def test_the_row_that_a_prompt_shares_may_go_for_it() -> None:
+    """What is shared stays while its new owner has it: only the rest of the row is free by parking it."""
+    cm = ContextManager.over(fake_parts(n_ctx=300, max_sessions=4))
+    source = said("~" * 100, "I am. ", "-" * 80)
+    cm.prepare(source)
+    session = said("~" * 100, "I am. ", "+" * 80)
+    assert cm.preview(session).fits is True
+    cm.prepare(session)
+    assert cm.stats().n_parked == 1
+    np.testing.assert_array_equal(cm.logits(session), fresh_logits(cm.capabilities, cm.tokens(session)))
+
+
+def test_a_free_slot_is_taken_with_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    cm, _ = fake()
+    plans: list[object] = []
+    real = Planner.plan
+    monkeypatch.setattr(Planner, "plan", lambda *args, **named: plans.append(args) or real(*args, **named))
+    cm.prepare(said("one"))
+    assert len(plans) == 1
+
+
+def test_a_change_of_namespace_touches_nothing_before_the_plan_is_whole(load: Loader) -> None:
+    cm = load(n_ctx=256, max_sessions=2)
+    session, pinned = said("Who are you? " * 4, namespace="a"), said("~" * 100, namespace="c")
+    cm.prepare(session)
+    cm.prepare(pinned)
+    cm.pin(pinned)
+    before, logits = cm.tokens(session), cm.logits(session).copy()
+    n = cm.stats().n_native_operations
+    session.namespace = "b"
+    for too_long, error in (("~" * 300, ContextOverflow), ("~" * 180, CapacityError)):
+        session.messages[0]["content"] = too_long
+        with pytest.raises(error):
+            cm.prepare(session)
+        assert cm.preview(session).fits is False
+    assert cm.stats().n_native_operations == n
+    np.testing.assert_array_equal(cm.tokens(session), before)
+    np.testing.assert_array_equal(cm.logits(session), logits)
+    session.messages[0]["content"] = "Who are you? " * 4
+    cm.prepare(session)
+    assert sources(session) == ["decode"]  # nothing of the other namespace
+    assert_exact(cm, session)
+    assert cm.stats().radix.n_tokens == len(before)  # what the change dropped is kept, under its own name
+    again = said("Who are you? " * 4, namespace="a")
+    cm.prepare(again)
+    assert sources(again) == ["cache", "decode"]

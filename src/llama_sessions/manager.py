@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .entry import Entry
-from .errors import Cancelled, CapacityError, LlamaSessionsError, OptionError, StateError
+from .errors import Cancelled, LlamaSessionsError, OptionError, StateError
 from .hooks import Hooks
 from .integrity import check
+from .kv.plan import NOTHING
 from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .kv.snapshot import Snapshots
@@ -105,7 +106,7 @@ class ContextManager:
         self.prefix = Prefix(self._store, 0 if n_reserved else None)
         self._snapshots = Snapshots(self._store, options.radix_options)
         self._seats = Seats(self._store, self.slots, self._snapshots)
-        self._parking = Parking(self._store, self._seats, self._snapshots, options.idle_park_after_s)
+        self._parking = Parking(self._store, self._seats, self.slots, self._snapshots, options.idle_park_after_s)
         self._hooks = Hooks()
         renderer = Renderer(
             parts.formatter, parts.vocab, no_think=options.no_think, system_fallback=options.system_fallback
@@ -113,9 +114,7 @@ class ContextManager:
         raw = Renderer(Untemplated(), parts.vocab, trusts_all=True)
         self._prompter = Prompter(renderer, raw, self.prefix, self._hooks, caps.fingerprint)
         self._reply_format = ReplyFormat.of(getattr(parts.formatter, "text", ""))
-        self._preparer = Preparer(
-            self._store, self._seats, self.slots, self.prefix, self._prompter, self._snapshots, self._parking
-        )
+        self._preparer = Preparer(self._store, self._seats, self.prefix, self._prompter, self._snapshots, self._parking)
         self._stepper = Stepper(self._store, self._seats, self._parking)
         self._overview = Overview(
             self._store, self.slots, self.prefix, self._seats, self._preparer, self._parking, self._snapshots, options
@@ -205,17 +204,10 @@ class ContextManager:
             self.prefix.clear()
             return 0
         if not self.prefix.has_slot:
-            return self.prefix.set(text, _NO_TOKENS)
+            return self.prefix.remember(text)
         tokens = self._prompter.renderer.stem(text)
         check_length(self._store, len(tokens), "the system prompt")
-        try:
-            return self.prefix.set(text, tokens)
-        except CapacityError as e:
-            free = self._store.n_free_cells() or 0
-            by_our_count = e.unit == "cells" and e.needed > free
-            if not by_our_count or not self._parking.make_cells(free + e.needed - e.available):
-                raise
-        return self.prefix.set(text, tokens)
+        return self.prefix.set(text, tokens, make_way=self._parking.make_way, park_one=self._parking.park_one)
 
     # -- prepare: begin, then steps
 
@@ -405,7 +397,8 @@ class ContextManager:
             if self._parking.park_twin(session, twin) or seat is None:
                 return twin
             self._store.reconcile(seat.row)
-            child = self._parking.take_seat(twin, but=(session,))
+            self._parking.make_way(NOTHING, with_slot=True, but=(session,))
+            child = self._seats.take(twin)
             child.row.namespace = seat.row.namespace  # of the cells; the branch's own is looked at when it is prepared
             if seat.row.n and self._store.share(seat.row, child.row, 0, seat.row.n):
                 if seat.row.logits is not None:

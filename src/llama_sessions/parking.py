@@ -9,8 +9,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from .errors import NoFreeSlot, OptionError
+from .kv.plan import Plan
+from .kv.row import Row
+from .kv.slots import Slots
 from .kv.snapshot import Snapshots
-from .kv.store import RowStore
+from .kv.store import RowStore, no_cells
 from .seats import Seat, Seats
 from .session import Session
 from .types import TokenArray
@@ -33,9 +36,12 @@ class Parking:
     Their KV goes into the cache before it is dropped; what the cache does not keep is decoded again when they return.
     """
 
-    def __init__(self, store: RowStore, seats: Seats, snapshots: Snapshots, idle_after_s: float | None) -> None:
+    def __init__(
+        self, store: RowStore, seats: Seats, slots: Slots, snapshots: Snapshots, idle_after_s: float | None
+    ) -> None:
         self._store = store
         self._seats = seats
+        self._slots = slots
         self._snapshots = snapshots
         self._idle_after_s = idle_after_s
         self._parked: weakref.WeakKeyDictionary[Session, Parked] = weakref.WeakKeyDictionary()
@@ -80,29 +86,46 @@ class Parking:
             twin.n_past = len(parked.tokens)
         return parked is not None
 
-    def take_seat(self, session: Session, but: Collection[Session] = ()) -> Seat:
-        """A seat with an empty row; another session is parked for it if need be. NoFreeSlot where none may be."""
-        try:
-            return self._seats.take(session)
-        except NoFreeSlot:
-            if not self._park_one(but):
-                raise
-            return self._seats.take(session)
+    def who_goes(
+        self, plan: Plan, row: Row | None = None, *, with_slot: bool = False, but: Collection[Session] = ()
+    ) -> list[tuple[Session, Seat]]:
+        """Whom to park so that there are the cells for a plan on `row`, and a slot; asks only.
 
-    def make_cells(self, n: int, but: Collection[Session] = ()) -> bool:
-        """Park until `n` cells are free; whether anything was parked."""
-        parked = False
-        self._seats.reclaim()  # rows that an interrupt left to nobody go first
-        while (free := self._store.n_free_cells()) is not None and free < n and self._park_one(but):
-            parked = True
-        return parked
+        Raises NoFreeSlot or CapacityError where all that may be parked, but for the sessions `but`, are not enough.
+        """
+        store = self._store
+        n = 1 if with_slot and not self._slots.n_free else 0
+        short = store.n_short(plan, row)
+        if not n and not short:
+            return []
+        idle = sorted(self._idle(but), key=lambda pair: pair[1].last_used)
+        if n > len(idle):
+            raise NoFreeSlot(self._slots.capacity)
+        rows = [seat.row for _, seat in idle]
+        missing = store.n_short(plan, row, rows)
+        if missing:
+            raise no_cells(plan.n_new_cells, plan.n_new_cells - missing, store.caps)
+        while store.n_short(plan, row, rows[:n]):
+            n += 1
+        return idle[:n]
 
-    def n_cells_to_have(self, but: Collection[Session] = ()) -> int:
-        """Cells that parking all that may be parked would free; an upper bound where rows share some."""
-        return sum(seat.row.n for _, seat in self._idle(but))
+    def make_way(
+        self, plan: Plan, row: Row | None = None, *, with_slot: bool = False, but: Collection[Session] = ()
+    ) -> bool:
+        """Park the least recently used for a plan; whether rows went. Raises as `who_goes`, and parks nobody then."""
+        reclaimed = self._seats.reclaim()  # rows that an interrupt left to nobody go first
+        going = self.who_goes(plan, row, with_slot=with_slot, but=but)
+        for session, seat in going:
+            self.park(session, seat)
+        return reclaimed or bool(going)
 
-    def can_park(self, but: Collection[Session] = ()) -> bool:
-        return bool(self._idle(but))
+    def park_one(self, but: Collection[Session] = ()) -> bool:
+        """Park the least recently used; whether there was one. For when llama.cpp finds no room where we count some:
+        what it lacks cannot be asked (a narrow window's cells are reused only while one row alone holds them)."""
+        idle = self._idle(but)
+        if idle:
+            self.park(*min(idle, key=lambda pair: pair[1].last_used))
+        return bool(idle)
 
     def sweep(self) -> None:
         """Park what has been idle for too long."""
@@ -114,12 +137,6 @@ class Parking:
                         self.park(session, seat)
                     except OptionError as e:  # a policy of the user's; whoever is calling did not ask for this
                         logger.warning("an idle session could not be parked: %s", e)
-
-    def _park_one(self, but: Collection[Session]) -> bool:
-        idle = self._idle(but)
-        if idle:
-            self.park(*min(idle, key=lambda pair: pair[1].last_used))
-        return bool(idle)
 
     def _idle(self, but: Collection[Session]) -> list[tuple[Session, Seat]]:
         return [

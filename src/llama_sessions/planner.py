@@ -7,8 +7,9 @@ import numpy as np
 from .errors import ContextOverflow
 from .kv.plan import Cached, Plan, Source, Wanted, make_plan
 from .kv.prefix import Prefix
+from .kv.row import Row
 from .kv.store import RowStore
-from .seats import Seat, Seats
+from .seats import Seats
 from .types import TokenArray
 
 
@@ -22,17 +23,19 @@ class Planner:
 
     def plan(
         self,
-        seat: Seat | None,
+        row: Row | None,
         namespace: str | None,
         tokens: TokenArray,
         *,
         wants_logits: bool,
         cached: Cached | None = None,
     ) -> Plan:
-        """Raises ContextOverflow where the prompt is longer than a row can be."""
+        """`row`: the session's own, of use where it is true and of the namespace. ContextOverflow where the prompt is
+        longer than a row can be."""
         store = self._store
         check_length(store, len(tokens), "the conversation")
-        row = None if seat is None else seat.row
+        if row is not None and (row.suspect is not None or row.namespace != namespace):
+            row = None
         own = Source("row", -1, np.empty(0, np.int32)) if row is None else store.source(row, "row")
         others = []
         if self._prefix.row is not None and self._prefix.row.n:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .errors import CapacityError
 from .kv.plan import Plan
 from .kv.prefix import Prefix
-from .kv.slots import Slots
 from .kv.snapshot import Snapshots
-from .kv.store import RowStore, no_cells
+from .kv.store import RowStore
 from .parking import Parked, Parking
 from .pending import Pending
 from .planner import Planner
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
     from .kv.cache import KvMatch
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A plan, and the `match` in the cache that it counts on. `refused`: why there is no room for it."""
+
+    match: KvMatch
+    plan: Plan
+    refused: CapacityError | None = None
+
+
 class Preparer:
     """Begins prompts; everything here is called under the manager's lock."""
 
@@ -33,7 +43,6 @@ class Preparer:
         self,
         store: RowStore,
         seats: Seats,
-        slots: Slots,
         prefix: Prefix,
         prompter: Prompter,
         snapshots: Snapshots,
@@ -41,7 +50,6 @@ class Preparer:
     ) -> None:
         self._store = store
         self._seats = seats
-        self._slots = slots
         self._prefix = prefix
         self._prompter = prompter
         self._snapshots = snapshots
@@ -90,13 +98,11 @@ class Preparer:
         tokens = rendered.tokens
         match, plan = self._planned(session, seat, tokens, wants_logits, but)
         if seat is None:
-            seat = self._parking.take_seat(session, but=but)
-            # Whoever was parked for it may have been the source of a share.
-            match, plan = self._planned(session, seat, tokens, wants_logits, but)
+            seat = self._seats.take(session)
         n_restored = 0
         try:
             self._snapshots.hold(match)  # or a save could push out what is to be restored
-            self._save_what_is_lost(seat, plan, said)
+            self._save_what_is_lost(session, seat, plan, said)
             seat.n_begun += 1
             seat.n_prompt, seat.rendered, seat.said = len(tokens), rendered, said
             stretches = self._store.apply(seat.row, plan)
@@ -115,45 +121,55 @@ class Preparer:
         return pending
 
     def _true_seat(self, session: Session, holder: object | None) -> Seat | None:
-        """The session's seat with a row that is true and of its namespace; the prefix is made true with it."""
+        """The session's seat with a row that is true; the prefix is made true with it."""
         if self._prefix.row is not None:
             self._store.reconcile(self._prefix.row)
         seat = self._seats.get(session, holder)
         if seat is not None:
             seat.last_used = time.monotonic()
             self._store.reconcile(seat.row)
-            if seat.row.namespace != session.namespace:
-                self._snapshots.keep(seat.row)
-                self._store.cut(seat.row, 0)
-                seat.row.namespace = session.namespace
         return seat
 
     def _planned(
         self, session: Session, seat: Seat | None, tokens: TokenArray, wants_logits: bool, but: Sequence[Session]
     ) -> tuple[KvMatch, Plan]:
-        """The plan, and what of the cache it counts on. Idle sessions are parked where cells are short."""
+        """The plan, and what of the cache it counts on. Idle sessions are parked where cells or a slot are short."""
+        while True:
+            draft = self._draft(session, seat, tokens, wants_logits, but)
+            if draft.refused is None:
+                row = None if seat is None else seat.row
+                if not self._parking.make_way(draft.plan, row, with_slot=seat is None, but=but):
+                    return draft.match, draft.plan
+            elif not self._seats.reclaim():
+                raise draft.refused
+
+    def _draft(
+        self, session: Session, seat: Seat | None, tokens: TokenArray, wants_logits: bool, but: Sequence[Session]
+    ) -> _Draft:
+        """The best plan for which room can be made, or one for which it cannot. Asks only."""
+        row = None if seat is None else seat.row
         match = self._snapshots.match(session.namespace, tokens)
         while True:
             cached = self._snapshots.cached(match)
-            plan = self._planner.plan(seat, session.namespace, tokens, wants_logits=wants_logits, cached=cached)
-            row = None if seat is None else seat.row
-            short = self._store.n_short(plan.n_new_cells, row, plan.n_keep)
-            if not short:
-                return match, plan
-            free = self._store.n_free_cells() or 0
-            if self._parking.make_cells(free + short, but=but):
-                match = self._snapshots.match(session.namespace, tokens)
-            elif plan.restore is not None and not plan.restore.p0:
+            plan = self._planner.plan(row, session.namespace, tokens, wants_logits=wants_logits, cached=cached)
+            try:
+                self._parking.who_goes(plan, row, with_slot=seat is None, but=but)
+                return _Draft(match, plan)
+            except CapacityError as e:
+                if plan.restore is None or plan.restore.p0:
+                    return _Draft(match, plan, e)
                 match = self._snapshots.nothing  # a whole row from the cache needs cells that sharing does not
-            else:
-                raise no_cells(plan.n_new_cells, plan.n_new_cells - short, self._store.caps)
 
-    def _save_what_is_lost(self, seat: Seat, plan: Plan, said: Said) -> None:
+    def _save_what_is_lost(self, session: Session, seat: Seat, plan: Plan, said: Said) -> None:
         """Before a tail is dropped: unless only the template rewrote it, which it would do again."""
         drops = plan.n_keep < seat.row.n
+        moves = seat.row.namespace != session.namespace
         only_grew = said[: len(seat.said)] == seat.said
-        if drops and not only_grew:
+        if drops and (moves or not only_grew):
             self._snapshots.keep(seat.row)
+        if moves:  # never one namespace's tokens under another's name
+            self._store.cut(seat.row, 0)
+            seat.row.namespace = session.namespace
 
     def _restore(self, seat: Seat, plan: Plan, match: KvMatch, tokens: TokenArray, stretches: list[Stretch]) -> int:
         """Bring back what the plan takes from the cache; returns how many tokens."""
@@ -168,21 +184,9 @@ class Preparer:
         """What `begin` and its steps would do; changes nothing."""
         seat = self._seats.get(session, reading=True)
         tokens = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered).tokens
-        usable = seat is not None and seat.row.suspect is None and seat.row.namespace == session.namespace
         most, n = self._store.caps.n_row_max, len(tokens)
         n_free = max(0, self._store.caps.n_ctx_seq - n)
         if most is not None and n > most:
             return Preview(n_tokens=n, n_to_decode=n, fits=False, n_free=n_free)
-        plan = self._planner.plan(
-            seat if usable else None,
-            session.namespace,
-            tokens,
-            wants_logits=not conversation.is_empty,
-            cached=self._snapshots.cached(self._snapshots.match(session.namespace, tokens)),
-        )
-        row = seat.row if seat is not None and usable else None
-        short = self._store.n_short(plan.n_new_cells, row, plan.n_keep)
-        fits = short <= self._parking.n_cells_to_have((session,)) and (
-            seat is not None or self._slots.n_free > 0 or self._parking.can_park((session,))
-        )
-        return Preview(n_tokens=n, n_to_decode=plan.n_decode, fits=fits, n_free=n_free)
+        draft = self._draft(session, seat, tokens, not conversation.is_empty, (session,))
+        return Preview(n_tokens=n, n_to_decode=draft.plan.n_decode, fits=draft.refused is None, n_free=n_free)

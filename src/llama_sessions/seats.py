@@ -114,8 +114,6 @@ class Seats:
 
     def take(self, session: Session) -> Seat:
         """A seat with an empty row; NoFreeSlot where all slots are in use."""
-        if not self._slots.n_free:
-            self.reclaim()
         seq_id = self._slots.acquire()
         # The finaliser may run in the middle of anything: it only leaves a note, and a note is only a hint.
         finalizer = weakref.finalize(session, self._left.append, seq_id)
@@ -139,9 +137,10 @@ class Seats:
             for _ in range(n_notes):
                 self._left.popleft()
 
-    def reclaim(self) -> None:
-        """Give back the slots that nobody sits on: of sessions that are gone, or left by an interrupt."""
-        for seq_id in self._slots.used() - {seat.row.seq_id for seat in self.seats()}:
+    def reclaim(self) -> bool:
+        """Give back the slots that nobody sits on: of sessions that are gone, or left by an interrupt. Whether any."""
+        lost = self._slots.used() - {seat.row.seq_id for seat in self.seats()}
+        for seq_id in lost:
             row = self._store.rows.get(seq_id)
             if row is not None:
                 try:
@@ -149,6 +148,7 @@ class Seats:
                 except OptionError as e:  # a policy of the user's; whoever is calling did not ask for this
                     logger.warning("the KV of a session that is gone could not be kept: %s", e)
             self._free(seq_id)
+        return bool(lost)
 
     def _free(self, seq_id: int) -> None:
         row = self._store.rows.get(seq_id)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from .errors import DecodeError, LlamaSessionsError, OptionError, StateError
+from .errors import CapacityError, DecodeError, LlamaSessionsError, OptionError, StateError
+from .kv.plan import Plan
 from .kv.store import Feed, RowStore, no_cells, no_room
 from .options import checked_int
 from .parking import Parking
@@ -41,33 +43,43 @@ class Stepper:
         store = self._store
         results: dict[Session, StepResult] = {}
         tasks: list[_Task] = []
-        self._make_cells(work)
-        free = store.n_free_cells()
-        for item in work:
-            session = item.pending.session if isinstance(item, PromptChunk) else item.session
+        n_tokens = 0
+        sessions = [item.pending.session if isinstance(item, PromptChunk) else item.session for item in work]
+        for item, session in zip(work, sessions, strict=True):
             try:
                 feed = self._feed(item, session, holder)
-                if free is not None:
-                    if len(feed.tokens) > free:
-                        raise no_cells(len(feed.tokens), free, store.caps)
-                    free -= len(feed.tokens)
-                tasks.append(_Task(item, session, feed))
             except LlamaSessionsError as e:
                 results[session] = StepResult(0, False, e)
+                continue
+            tasks.append(_Task(item, session, feed))
+            n_tokens += len(feed.tokens)
+        free = store.n_free_cells()
+        if free is not None and n_tokens > free:
+            tasks = self._with_cells(tasks, sessions, results)
         started = time.perf_counter()
-        code = store.decode([task.feed for task in tasks]) if tasks else 0
+        park_one = partial(self._parking.park_one, sessions)
+        code = store.decode([task.feed for task in tasks], park_one) if tasks else 0
         seconds = time.perf_counter() - started
         for task in tasks:
             results[task.session] = self._settle(task, code, seconds)
         return StepReport(results, sum([r.n_decoded for r in results.values()]), seconds)
 
-    def _make_cells(self, work: tuple[Work, ...]) -> None:
-        free = self._store.n_free_cells()
-        if free is None or free >= self._store.caps.n_batch:
-            return
-        n = sum(min(i.n_tokens, i.pending.n_left) if isinstance(i, PromptChunk) else 1 for i in work)
-        if n > free:
-            self._parking.make_cells(n, [i.pending.session if isinstance(i, PromptChunk) else i.session for i in work])
+    def _with_cells(
+        self, tasks: list[_Task], sessions: list[Session], results: dict[Session, StepResult]
+    ) -> list[_Task]:
+        """The tasks, in their order, for which cells can be had; others than `sessions` are parked for them."""
+        admitted: list[_Task] = []
+        n_admitted = 0
+        for task in tasks:
+            n = len(task.feed.tokens)
+            try:
+                self._parking.make_way(Plan(n_admitted + n, 0), but=sessions)
+                n_admitted += n
+                admitted.append(task)
+            except CapacityError as e:
+                error = no_cells(n, e.available - n_admitted, self._store.caps)
+                results[task.session] = StepResult(0, False, error)
+        return admitted
 
     def checked(self, work: Iterable[Work]) -> tuple[Work, ...]:
         """The pieces of work; OptionError for work that is none."""
@@ -125,7 +137,7 @@ class Stepper:
         if seat is not None:
             seat.last_used = time.monotonic()  # a decode may take longer than a session may be idle
         if code == 1:
-            return StepResult(0, False, no_room(len(feed.tokens)))
+            return StepResult(0, False, no_room(len(feed.tokens), self._store.n_free_cells(), self._store.caps))
         if code != 0:
             message = "the row keeps what was decoded; prepare again"
             return StepResult(0, False, DecodeError("llama_decode", code, message, self._store.context.last_error))

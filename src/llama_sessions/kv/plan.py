@@ -76,6 +76,10 @@ class Plan:
         return self.n_tokens - (0 if self.restore is not None and not self.restore.p0 else self.n_live)
 
 
+NOTHING = Plan(0, 0)
+"""What needs no cell."""
+
+
 def first_seen(n: int, caps: Capabilities) -> int:
     """The first position that a token at position `n` of a window model looks at (llama.cpp's is_masked_swa)."""
     return max(0, n - caps.n_swa + 1)

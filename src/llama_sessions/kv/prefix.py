@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import DecodeError
 from ..types import TokenArray
-from .plan import can_be_cut
+from .plan import Plan, can_be_cut
 from .row import Row, common_prefix
-from .store import Feed, RowStore, no_cells, no_room
+from .store import Feed, RowStore, no_room
 
 
 class Prefix:
@@ -27,33 +29,44 @@ class Prefix:
         """Tokens of the prompt that are in the row."""
         return 0 if self.row is None else self.row.n
 
-    def set(self, text: str, tokens: TokenArray) -> int:
+    def remember(self, text: str) -> int:
+        """Where there is no slot: keep the text alone; returns 0 tokens."""
+        self.text = text
+        return self.n_tokens
+
+    def set(
+        self,
+        text: str,
+        tokens: TokenArray,
+        *,
+        make_way: Callable[[Plan, Row], object],
+        park_one: Callable[[], bool],
+    ) -> int:
         """Remember `text` and decode what its (n,) int32 `tokens` do not share with the last prefix.
 
+        `make_way` makes cells for a plan or raises, before anything is touched; `park_one`: see `RowStore.decode`.
         Returns the tokens in the row: all, or 0 without a slot. On an error the text stays the old one and the row is
         empty, or what was decoded of it.
         """
         if self.row is not None:
-            self._decode(self.row, tokens)
-        self.text = text
-        return self.n_tokens
+            self._decode(self.row, tokens, make_way, park_one)
+        return self.remember(text)
 
-    def _decode(self, row: Row, tokens: TokenArray) -> None:
+    def _decode(
+        self, row: Row, tokens: TokenArray, make_way: Callable[[Plan, Row], object], park_one: Callable[[], bool]
+    ) -> None:
         store = self._store
         store.reconcile(row)
         n_keep = common_prefix(row.tokens, tokens)
         if not can_be_cut(store.source(row, "prefix"), n_keep, store.caps):
             n_keep = 0
-        n_new = len(tokens) - n_keep
-        short = store.n_short(n_new, row, n_keep)
-        if short:
-            raise no_cells(n_new, n_new - short, store.caps)
+        make_way(Plan(len(tokens), n_keep), row)
         store.cut(row, n_keep)
         while row.n < len(tokens):
             part = tokens[row.n : row.n + store.caps.n_batch]
-            code = store.decode([Feed(row, part, wants_logits=False)])
+            code = store.decode([Feed(row, part, wants_logits=False)], park_one)
             if code == 1:
-                raise no_room(len(part))
+                raise no_room(len(part), store.n_free_cells(), store.caps)
             if code != 0:
                 raise DecodeError("llama_decode", code, "the system prompt was not encoded", store.context.last_error)
 

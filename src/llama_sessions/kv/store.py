@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,17 +27,27 @@ logger = logging.getLogger("llama_sessions")
 def no_cells(needed: int, free: int, caps: Capabilities) -> CapacityError:
     """The error that says that cells ran out."""
     return CapacityError(
-        f"{needed} cells are needed and {free} of {caps.n_cells} are free; release a session or raise n_ctx",
+        f"{needed} cells are needed and {free} of {caps.n_cells} can be had; release a session or raise n_ctx",
         needed=needed,
         available=free,
         unit="cells",
     )
 
 
-def no_room(n: int) -> CapacityError:
-    """The error that says that llama.cpp found no place for a batch (its code 1)."""
-    message = f"llama.cpp found no room for {n} tokens; release a session or raise n_ctx"
+def no_room(n: int, free: int | None, caps: Capabilities) -> CapacityError:
+    """The error that says that llama.cpp found no place for a batch (its code 1), though by our count there is one."""
+    counted = "" if free is None else f" where {free} of {caps.n_cells} cells should be free"
+    narrow = caps.kind is MemoryKind.WINDOW and not caps.swa_full
+    more = "release a session, or raise n_ctx" if not narrow else "release a session, or load with swa_full=True"
+    message = f"llama.cpp found no room for {n} tokens{counted}, and nobody is left to be parked; {more}"
     return CapacityError(message, needed=n, available=0, unit="cells")
+
+
+def _n_unique(cells: Sequence[npt.NDArray[np.int64]]) -> int:
+    """Cells of several rows, a shared one counted once."""
+    # Rows are runs of rising numbers, which a merge sort takes in one pass (np.unique: ten times as long).
+    together = np.sort(np.concatenate(cells), kind="stable") if cells else np.empty(0, np.int64)
+    return int((together[1:] != together[:-1]).sum()) + 1 if len(together) else 0
 
 
 @dataclass(slots=True)  # not frozen, for the same reason as `Run`
@@ -80,10 +90,7 @@ class RowStore:
     def n_unique_cells(self) -> int:
         """Cells in use, a shared one counted once. Counted anew only after a share, a trim or an interrupt."""
         if self._n_unique is None:
-            rows = [row.cells for row in self.rows.values() if row.n]
-            # Rows are runs of rising numbers, which a merge sort takes in one pass (np.unique: ten times as long).
-            cells = np.sort(np.concatenate(rows), kind="stable") if rows else np.empty(0, np.int64)
-            self._n_unique = int((cells[1:] != cells[:-1]).sum()) + 1 if len(cells) else 0
+            self._n_unique = _n_unique([row.cells for row in self.rows.values()])
         return self._n_unique
 
     def n_used_cells(self) -> int:
@@ -94,16 +101,20 @@ class RowStore:
         """Cells that nobody holds; None where rows do not compete for cells."""
         return None if self.caps.n_cells is None else self.caps.n_cells - self.n_unique_cells()
 
-    def n_short(self, n: int, row: Row | None = None, n_keep: int = 0) -> int:
-        """Cells that are missing for `n` more, once `row` is cut to `n_keep`; 0 if there are enough."""
-        free = self.n_free_cells()
-        if free is not None and n > free and row is not None:
-            free += self._n_own_cells_beyond(row, n_keep)
-        return 0 if free is None else max(0, n - free)
+    def n_short(self, plan: Plan, row: Row | None = None, gone: Collection[Row] = ()) -> int:
+        """Cells that are missing for a plan on `row`, once the rows `gone` are dropped as well; 0 if there are enough.
 
-    def _n_own_cells_beyond(self, row: Row, n_keep: int) -> int:
-        """Cells that cutting `row` to `n_keep` would free: those no other row holds."""
-        return int((~self.shared_cells(row, n_keep)).sum())
+        A shared cell is free when the last row that holds it lets go: what the plan keeps or shares is held all along.
+        """
+        free = self.n_free_cells()
+        if free is None or plan.n_new_cells <= free or self.caps.n_cells is None:
+            return 0
+        held = [r.cells for r in self.rows.values() if r is not row and r not in gone]
+        if row is not None:
+            held.append(row.cells[: plan.n_keep])
+        if plan.share is not None:
+            held.append(self.rows[plan.share.seq_id].cells[: plan.share.p1])
+        return max(0, plan.n_new_cells - (self.caps.n_cells - _n_unique(held)))
 
     def source(self, row: Row, name: str) -> Source:
         """What `row` offers a plan, with its live first position."""
@@ -226,9 +237,18 @@ class RowStore:
             self._n_unique, self.n_tokens_decoded = None, n_tokens  # it was nobody's token
         return not self.is_pending
 
-    def decode(self, feeds: Sequence[Feed]) -> int:
+    def decode(self, feeds: Sequence[Feed], park_one: Callable[[], bool] | None = None) -> int:
         """One `llama_decode` of all feeds; returns its code. On 1 and -1 the rows are as before; on a compute failure
-        each row is what llama.cpp finished of it."""
+        each row is what llama.cpp finished of it.
+
+        On 1 (no room), where rows share cells, it is tried again as long as `park_one` drops some other row.
+        """
+        code = self._decode(feeds)
+        while code == 1 and park_one is not None and self.caps.n_cells is not None and park_one():
+            code = self._decode(feeds)
+        return code
+
+    def _decode(self, feeds: Sequence[Feed]) -> int:
         fed = {feed.row.seq_id for feed in feeds}
         for row in self._in_buffer:
             # The next decode overwrites the buffer: logits nobody has read yet are copied out (14 us at 152k). Those of

@@ -31,7 +31,8 @@ def problems(store: RowStore, slots: Slots, prefix: Prefix, seats: Sequence[Seat
         end, first = memory.pos_max(seq_id), memory.pos_min(seq_id)
         expected_end = row.end - 1 if row is not None and n else None
         if end != expected_end:
-            found.append(f"row {seq_id} of {n} tokens ends at position {expected_end}, llama.cpp's last is {end}")
+            ends = f"row {seq_id} has {n} tokens and should end at {expected_end}"
+            found.append(f"{ends}, llama.cpp's last position is {end}")
         if n and caps.kind is MemoryKind.FULL and first != 0:
             found.append(f"row {seq_id} begins at position {first}, not 0")
         if row is not None and len(np.unique(row.cells)) != n:

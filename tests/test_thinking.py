@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from models import model_path
+from oracle import oracle_for
 from scripted import ids_of, reply_of, script, scripted, wish
 from test_reasoning import OPENS, STRIPS
 
-from llama_sessions import ContextManager, Engine, Session
+from llama_sessions import ContextManager, Engine, OptionError, Reply, Session
 
 Loader = Callable[..., ContextManager]
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -156,3 +160,128 @@ def test_white_space_behind_the_tag_may_be_in_its_token(load: Loader) -> None:
     reply = reply_of(wish(Engine(cm).stream(Session(), "Why?", grammar=YES, **GREEDY), wanted))
     assert list(reply.tokens)[: len(wanted)] == wanted
     assert (reply.thinking, reply.text in ("yes", "no")) == ("hm", True)
+
+
+# -- going on
+
+
+def uncut(engine: Engine, session: Session, ids: list[int]) -> Reply:
+    return reply_of(script(engine.stream(session, "Why?"), ids))
+
+
+@pytest.mark.parametrize("template", [STRIPS, OPENS])
+def test_a_thinking_that_was_cut_goes_on_wherever_it_was_cut(load: Loader, template: str) -> None:
+    cm = load(chat_template=template)
+    engine, whole = Engine(cm), Session()
+    opening = [] if template is OPENS else ids_of(cm, "<think>")
+    ids = [*opening, *ids_of(cm, "\nhm, so\n</think>\n\n€ it is.", by_byte=True)]
+    reply = uncut(engine, whole, ids)
+    for n in range(max(1, len(opening)), len(ids)):
+        session = Session()
+        first = reply_of(script(engine.stream(session, "Why?", max_tokens=n), ids[:n]))
+        assert first.stop_reason == "length"
+        n_row = session.n_past
+        chunks = list(script(engine.stream(session, continue_last=True), ids[n:]))
+        second = chunks[-1].reply
+        assert second is not None
+        if "�" in first.text:
+            continue  # what was shown of half a character stands
+        assert reply.thinking.endswith(second.thinking)
+        assert "".join(c.text for c in chunks if c.kind == "thinking") == second.thinking
+        assert session.messages == whole.messages
+        assert list(first.tokens + second.tokens) == ids
+        if not first.text:
+            assert second.n_decoded == second.n_prompt - n_row == 1  # the last token of what was thought
+        cm.release(session)
+
+
+def test_a_thinking_goes_on_more_than_once_and_exactly(load: Loader) -> None:
+    cm = load(chat_template=OPENS)
+    engine, session = Engine(cm), Session()
+    ids = ids_of(cm, "hm, so, hm</think>So.", by_byte=True)
+    reply_of(script(engine.stream(session, "Why?", max_tokens=3), ids))
+    for n in (3, 6, 9):
+        reply = reply_of(script(engine.stream(session, continue_last=True, max_tokens=3), ids[n:]))
+        oracle_for(model_path("llama-bpe")).assert_exact(cm.logits(session), cm.tokens(session))
+        assert cm.tokens(session).tolist()[reply.n_prompt - n : reply.n_prompt] == ids[:n]
+    assert session.messages[1:] == [{"role": "assistant", "content": "", "reasoning_content": "hm, so, hm</"}]
+    reply_of(script(engine.stream(session, continue_last=True), ids[12:]))
+    assert session.messages[1:] == [{"role": "assistant", "content": "So.", "reasoning_content": "hm, so, hm"}]
+    assert len(session._replies) == 1
+
+
+def thought_by(cm: ContextManager) -> tuple[Session, list[int]]:
+    """A session whose reply was cut within its thinking, and the ids of that."""
+    session, ids = Session(), ids_of(cm, "hm, so", by_byte=True)
+    reply_of(script(Engine(cm).stream(session, "Why?", max_tokens=len(ids)), ids))
+    assert session.messages[-1] == {"role": "assistant", "content": "", "reasoning_content": "hm, so"}
+    return session, ids
+
+
+@pytest.mark.parametrize("how", ["copy", "saved", "hook"])
+def test_a_copy_of_a_thought_goes_on_too(load: Loader, how: str) -> None:
+    cm = load(chat_template=OPENS)
+    session, ids = thought_by(cm)
+    if how == "copy":
+        session = session.copy()
+    elif how == "saved":
+        session = Session.from_dict(json.loads(json.dumps(session.to_dict())))
+    else:
+        cm.set_hook("before_encode", lambda messages, _: copy.deepcopy(messages))
+    reply = reply_of(script(Engine(cm).stream(session, continue_last=True), ids_of(cm, ".</think>So.")))
+    assert cm.tokens(session).tolist()[reply.n_prompt - len(ids) : reply.n_prompt] == ids
+    assert session.messages[-1] == {"role": "assistant", "content": "So.", "reasoning_content": "hm, so."}
+
+
+def test_what_is_owed_and_what_is_left_go_on_with_a_thought(load: Loader) -> None:
+    cm = load(chat_template=OPENS)
+    session, ids = thought_by(cm)
+    more = ids_of(cm, " hm hm", by_byte=True)
+    options = {"grammar": YES, "think_budget": len(ids) + 2, **GREEDY}
+    reply = reply_of(wish(Engine(cm).stream(session, continue_last=True, **options), more))
+    assert (session.messages[-1]["reasoning_content"], reply.thinking) == ("hm, so h", " h")
+    assert reply.text in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.messages[-1].update(reasoning_content="hm"), "the tokens it was thought in are not known"),
+        (lambda s: s.messages.append({**s.messages.pop(), "reasoning_content": "x"}), "are not known"),
+        (lambda s: s.template_kwargs.update(closed=True), "set the session's tools and template_kwargs as they were"),
+    ],
+)
+def test_a_thought_that_cannot_go_on_is_refused_and_stands(load: Loader, change: Any, message: str) -> None:
+    cm = load(chat_template=OPENS.replace("<think>\\n'", "<think>\\n' + ('</think>' if closed else '')"))
+    session, _ = thought_by(cm)
+    change(session)
+    before = copy.deepcopy(session.messages)
+    with pytest.raises(OptionError, match=message):
+        Engine(cm).chat(session, continue_last=True)
+    assert session.messages == before
+    Engine(cm).regenerate(session, max_tokens=1)
+
+
+@pytest.mark.parametrize("change", [{"model": "another"}, {"begun": [2**31 - 1]}, {"begun": []}])
+def test_a_saved_thought_of_another_model_is_refused(load: Loader, change: dict[str, Any]) -> None:
+    cm = load(chat_template=OPENS)
+    saved = thought_by(cm)[0].to_dict()
+    saved["replies"][0].update(change)
+    with pytest.raises(OptionError, match="the tokens it was thought in are not known"):
+        Engine(cm).chat(Session.from_dict(saved), continue_last=True)
+
+
+def test_begun_ids_that_are_none_are_refused(load: Loader) -> None:
+    saved = thought_by(load(chat_template=OPENS))[0].to_dict()
+    for wrong, message in [(5, "'begun' of reply 0 must be a list"), ([-1], "an id of reply 0")]:
+        saved["replies"][0]["begun"] = wrong
+        with pytest.raises(OptionError, match=message):
+            Session.from_dict(saved)
+
+
+def test_a_stop_string_right_behind_the_thinking_leaves_nothing_to_go_on_with(load: Loader) -> None:
+    engine, session = Engine(load(chat_template=OPENS)), Session()
+    reply = reply_of(scripted(engine, session, "Why?", "hm</think>So.", stop="So"))
+    assert (reply.text, reply.stop_reason) == ("", "stop_string")
+    with pytest.raises(OptionError, match="are not known"):
+        engine.chat(session, continue_last=True)

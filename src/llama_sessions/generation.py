@@ -21,7 +21,7 @@ from .options import checked_text
 from .pending import NextToken, Pending, PromptChunk, Work
 from .prompts import check_partial, message_list
 from .reply import Chunk, Reply, TokenLogprob, logprobs_of, reply_fields
-from .reply_parser import Part, ReplyParser
+from .reply_parser import Part, ReplyParser, of_one_kind
 from .session import Session
 from .speech import Speech
 from .thinking import Thinking
@@ -70,7 +70,8 @@ class Generation:
         self._pending: Pending | None = None
         self._row: Row | None = None  # the pending prompt's
         self._n_prompt = 0
-        self._opened_by_header = False  # the thinking, which no grammar is about
+        self._opened_by_prompt = False  # the thinking, which no grammar is about
+        self._thought = ""  # what the message to continue had thought before
         self._before: list[int] = []  # ids that spell what a partial message said
         self._most = cm.capabilities.n_row_max
         self._started = 0.0
@@ -124,8 +125,8 @@ class Generation:
             self._row, self._n_prompt = self._pending.row, self._pending.n_tokens
             self._sampler.begin(self._pending.tokens)
             self._speech = Speech(self._parser())
-            self._thinking = self._thinking_of(self._speech)
-            self._opened_by_header = self._speech.is_thinking
+            self._thinking = self._thinking_of(self._speech, self._go_on())
+            self._opened_by_prompt = self._speech.is_thinking
         except BaseException:
             self.fail()
             raise
@@ -145,8 +146,22 @@ class Generation:
             stops=options.stops,
         )
 
-    def _thinking_of(self, speech: Speech) -> Thinking:
-        return Thinking(self._cm.vocab, speech, self._cm.reply_format.think_close, self._options.think_budget)
+    def _thinking_of(self, speech: Speech, n_thought: int = 0) -> Thinking:
+        closing, budget = self._cm.reply_format.think_close, self._options.think_budget
+        return Thinking(self._cm.vocab, speech, closing, budget, n_thought)
+
+    def _go_on(self) -> int:
+        """Take up what was thought of the message to continue; returns how many tokens that was."""
+        speech, begun = self._speech, self._begun().rendered.begun
+        n_thought = speech.go_on([self._cm.vocab.piece(token) for token in begun])
+        self._thought = speech.thinking
+        if begun and speech.text:
+            raise OptionError(
+                "the prompt does not begin the reply as it did when the last message was thought, so continue_last "
+                "cannot go on within its thinking; set the session's tools and template_kwargs as they were, or take "
+                "the message out and answer anew, as regenerate does"
+            )
+        return n_thought
 
     def work(self, n_tokens: int) -> Work | None:
         """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
@@ -188,7 +203,7 @@ class Generation:
     def choose(self, logits: FloatArray) -> int | None:
         """The next token, by force or by the sampler, noted with its log-probability; for `chunks`."""
         options, sampler, thinking = self._options, self._sampler, self._thinking
-        is_free = self._opened_by_header and self._speech.is_thinking  # no grammar is about it
+        is_free = self._opened_by_prompt and self._speech.is_thinking  # no grammar is about it
         rule = None if is_free else self._grammar
         token = thinking.forced(rule)
         if token is None:
@@ -206,7 +221,7 @@ class Generation:
 
     def _as_chunks(self, token: int | None, parts: list[Part], reply: Reply | None = None) -> list[Chunk]:
         """A chunk for each part; the first has the token, the last the reply."""
-        parts = _of_one_kind(parts) or [Part("thinking" if self._speech.is_thinking else "content", "")]
+        parts = of_one_kind(parts) or [Part("thinking" if self._speech.is_thinking else "content", "")]
         has_logprob = token is not None and self._logprobs
         chunks = []
         for i, part in enumerate(parts):
@@ -260,7 +275,7 @@ class Generation:
             n_generated=len(tokens),
             first_token_s=self._first_token_s,
             total_s=time.perf_counter() - self._started,
-            thinking=speech.thinking,
+            thinking=speech.thinking[len(self._thought) :],
             tool_calls=tuple(speech.tool_calls),
             logprobs=tuple(self._logprobs[: len(tokens)]),
         )
@@ -271,16 +286,18 @@ class Generation:
         session, speech, asked = self.session, self._speech, self._asked
         model = self._cm.capabilities.fingerprint
         ids = speech.ids_spelling(speech.text)
+        fields = reply_fields(speech.thinking, speech.tool_calls)
+        only_thought = speech.only_thought and not (self._partial or "").strip()
+        begun = [*self._begun().rendered.begun, *speech.tokens] if only_thought else []
         if self._partial is not None:
             if asked is not None and asked["content"] == self._partial:
                 spelled = self._before + ids if self._before or not self._partial else []
-                session.extend_reply(asked, self._partial + speech.text, spelled, model=model)
-                asked.update(reply_fields(speech.thinking, speech.tool_calls))
+                said = self._partial + speech.text
+                session.extend_reply(asked, said, spelled, model=model, begun=begun, **fields)
             return
-        fields = reply_fields(speech.thinking, speech.tool_calls)
         last = session.messages[-1] if session.messages else None
         if last is None or last is asked or last != {"role": "assistant", "content": speech.text, **fields}:
-            message = session.add_reply(speech.text, ids, model=model, behind=asked, **fields)
+            message = session.add_reply(speech.text, ids, model=model, behind=asked, begun=begun, **fields)
             self._cm.note_reply(session, message)
 
     def _spelling_before(self, text: str) -> list[int]:
@@ -308,18 +325,6 @@ class Generation:
         messages = self.session.messages
         if self._user is not None and messages and messages[-1] is self._user:
             messages.pop()
-
-
-def _of_one_kind(parts: list[Part]) -> list[Part]:
-    """Texts of the same kind that follow each other put together."""
-    joined: list[Part] = []
-    for part in parts:
-        last = joined[-1] if joined else None
-        if last is not None and last.kind == part.kind and part.tool_call is None and last.tool_call is None:
-            joined[-1] = Part(part.kind, last.text + part.text)
-        else:
-            joined.append(part)
-    return joined
 
 
 def _check_question(messages: list[Message], text: str | None, options: GenerationOptions) -> None:

@@ -33,10 +33,10 @@ class GenerationOptions:
     is what the reply must be; after the thinking, where the reply header has opened one, and where the model would end
     the reply in it, the thinking is closed instead. What a schema binds is content and never a tool call; what a
     grammar binds may be one in a format whose opening tag stands in the grammar. `think_budget`: tokens after which
-    thinking is closed, unless the grammar is about it and refuses that.
-    `logprobs`: how many alternatives to report with each token (0: only its own). `timeout_s`: seconds after which
-    the reply ends as it stands. `continue_last`: go on with the last message, which is the assistant's. `preset`: one
-    of `PRESETS`, under what is given beside it.
+    thinking is closed, unless the grammar is about it and refuses that. `logprobs`: how many alternatives to report
+    with each token (0: only its own). `timeout_s`: seconds after which the reply ends as it stands. `continue_last`: go
+    on with the last message, which is the assistant's, within its thinking if it got no further. `preset`: one of
+    `PRESETS`, under what is given beside it.
     """
 
     max_tokens: int = 2048

@@ -90,7 +90,9 @@ class Prompter:
         seen = self._hooks.before_encode(messages, session)
         if continue_last:
             check_partial(seen)
-        replies = [r if r is None or r.model == self._model else replace(r, ids=()) for r in session.replies(seen)]
+        replies = [
+            r if r is None or r.model == self._model else replace(r, ids=(), begun=()) for r in session.replies(seen)
+        ]
         return Conversation(seen, replies, session.is_raw, continue_last)
 
     def rendered(self, session: Session, conversation: Conversation, last: Rendered | None) -> Rendered:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import TemplateError
+from .errors import OptionError, TemplateError
 from .kv.row import common_prefix
 from .marks import Marker
 from .messages import check_message
@@ -29,21 +29,23 @@ from .writing import TemplateWriter
 class Rendered:
     """A prompt: (n,) int32 ids, what the template wrote, marks and all, and the stretches that was cut into.
 
-    `replies`: what was known beside each message.
+    `replies`: what was known beside each message. `begun`: ids at its end which no stretch speaks of, those of a reply
+    that goes on within its thinking, or right behind it.
     """
 
     tokens: TokenArray
     marked: str = ""
     stretches: Sequence[TextStretch] = ()
     replies: Sequence[SpokenReply | None] = ()
+    begun: Sequence[int] = ()
 
     @property
     def text(self) -> str:
-        """The plain text of the prompt. O(n)."""
+        """The plain text of the prompt, without `begun`. O(n)."""
         return "".join(text for stretch in self.stretches for text in (stretch.text, stretch.control_text))
 
     def tail(self, n: int) -> str:
-        """The last `n` characters of the text, or a few more."""
+        """The last `n` characters of `text`, or a few more."""
         found = ""
         for stretch in reversed(self.stretches):
             if len(found) >= n:
@@ -105,7 +107,9 @@ class Renderer:
         }
         if self._trusts_all:
             trusted |= {i for i, message in enumerate(messages) if message["role"] != "assistant"}
+        begun: Sequence[int] = ()
         if continue_last and not messages[-1]["content"].strip():
+            begun = self._begun(messages[-1], replies[-1])
             messages, continue_last = messages[:-1], False  # nothing of it was said yet: the reply header asks for it
         marked = self._writer.write(messages, trusted, tools, variables, reply_header and not continue_last)
         n_same = 0 if last is None else self._n_same(last, marked, replies)
@@ -115,7 +119,23 @@ class Renderer:
             stretches = _open_ended(stretches, len(messages) - 1, messages[-1]["content"])
             n_same = min(n_same, len(stretches) - 1)
         before = NO_TOKENS if last is None or not n_same else last.tokens[: stretches[n_same - 1].n_tokens_until]
-        return Rendered(self._assemble(before, stretches[n_same:], replies), marked, stretches, replies)
+        tokens = self._assemble(before, stretches[n_same:], replies)
+        if begun:
+            tokens = np.concatenate([tokens, np.array(begun, np.int32)])
+        return Rendered(tokens, marked, stretches, replies, begun)
+
+    def _begun(self, message: Message, reply: SpokenReply | None) -> Sequence[int]:
+        """The ids of a message that says nothing yet, but may have been thought about."""
+        begun = () if reply is None else reply.begun
+        if max(begun, default=0) >= self._vocab.n_tokens:  # a saved session may say anything
+            begun = ()
+        if not begun and message.get("reasoning_content"):
+            raise OptionError(
+                "the last message is nothing but reasoning_content, and the tokens it was thought in are not known "
+                "(they are another model's, or it was edited or written by hand): continue_last cannot go on within "
+                "it; take the message out and answer anew, as regenerate does"
+            )
+        return begun
 
     def _n_same(self, last: Rendered, marked: str, replies: Sequence[SpokenReply | None]) -> int:
         """Stretches of `last` that `marked` begins with too, tokens and all, up to one where it can be cut."""

@@ -71,6 +71,7 @@ class ReplyParser:
         self._state = "start" if reply_format is not None else "content"
         self._stops = StopFilter(stops)
         self._stops_count = reply_format is None  # from here on
+        self.has_thought = False  # whether a thinking was begun
         self._reader: CallReader | None = None
         self._text, self._at, self._final = "", 0, False
         self._over = False
@@ -158,7 +159,7 @@ class ReplyParser:
             self._at += len(self._format.think_open)
         if found or self._thinking_open:
             self._pass_tag()
-            self._state = "thinking"
+            self._state, self.has_thought = "thinking", True
         else:
             self._begin_answer("".join(self._space))
             self._space.clear()
@@ -317,3 +318,15 @@ class ReplyParser:
         if self._run:
             self._parts.append(Part(self._run_kind, "".join(self._run)))
             self._run = []
+
+
+def of_one_kind(parts: list[Part]) -> list[Part]:
+    """Texts of the same kind that follow each other put together."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if last is not None and last.kind == part.kind and part.tool_call is None and last.tool_call is None:
+            joined[-1] = Part(part.kind, last.text + part.text)
+        else:
+            joined.append(part)
+    return joined

@@ -21,7 +21,8 @@ class SpokenReply:
     """What is known about an assistant message beside its dict: the ids that spelled it, or that it is trusted.
 
     `ids` empty: no ids are known. `model`: the fingerprint of the model whose ids they are. `trusted`: special-token
-    text in it is control, not text.
+    text in it is control, not text. `thought`: of a reply without text. `begun`: all ids of
+    one that ended in its thinking, or right behind it, to go on with.
     """
 
     message: Message
@@ -29,6 +30,13 @@ class SpokenReply:
     ids: tuple[int, ...] = ()
     trusted: bool = False
     model: str = ""
+    thought: str = ""
+    begun: tuple[int, ...] = ()
+
+    @property
+    def said(self) -> tuple[str, str]:
+        """What a message has to say for it to be this one: see `_said_of`."""
+        return self.text, self.thought
 
 
 class Session:
@@ -117,28 +125,34 @@ class Session:
         model: str = "",
         trusted: bool = False,
         behind: Message | None = None,
+        begun: Sequence[int] = (),
         **fields: Any,
     ) -> Message:
         """Add an assistant message that the model with that fingerprint generated as `ids` (checked against `text`
-        when it is rendered).
+        when it is rendered), or only as `begun` (see `SpokenReply`).
 
         It goes `behind` the message it answers, if that is still there; else to the end.
         """
         message = check_message({"role": "assistant", "content": text, **fields}, "the message")
         at = next((i + 1 for i, m in enumerate(self.messages) if m is behind), len(self.messages))
         self.messages.insert(at, message)
-        self._know(SpokenReply(message, text, tuple(map(int, ids)), trusted, model))
+        self._know(message, ids, trusted, model, begun)
         return message
 
-    def extend_reply(self, message: Message, text: str, ids: Sequence[int], *, model: str) -> None:
-        """Let an assistant message go on: its content becomes `text`, which that model spells `ids`."""
+    def extend_reply(
+        self, message: Message, text: str, ids: Sequence[int], *, model: str, begun: Sequence[int] = (), **fields: Any
+    ) -> None:
+        """Let an assistant message go on: its content becomes `text`, which that model spells `ids` (or that it has
+        only `begun`), and `fields` are set."""
         trusted = any(r.trusted for r in self._replies if r.message is message)
-        message["content"] = checked_text("the content", text)
+        message.update(fields, content=checked_text("the content", text))
         self._replies = [r for r in self._replies if r.message is not message]
-        self._know(SpokenReply(message, text, tuple(map(int, ids)), trusted, model))
+        self._know(message, ids, trusted, model, begun)
 
-    def _know(self, reply: SpokenReply) -> None:
-        if reply.ids or reply.trusted:
+    def _know(self, message: Message, ids: Sequence[int], trusted: bool, model: str, begun: Sequence[int]) -> None:
+        text, thought = _said_of(message)
+        reply = SpokenReply(message, text, tuple(map(int, ids)), trusted, model, thought, tuple(map(int, begun)))
+        if reply.ids or reply.trusted or reply.begun:
             live = {id(m) for m in self.messages}
             # Records of messages that are gone still serve a copy with the same text, but only the latest few.
             gone = [r for r in self._replies if id(r.message) not in live][-16:]
@@ -153,15 +167,15 @@ class Session:
         if not self._replies:
             return [None] * len(messages)
         by_dict = {id(r.message): r for r in self._replies}
-        by_text = {r.text: r for r in self._replies if not r.trusted}
+        by_said = {r.said: r for r in self._replies if not r.trusted and any(r.said)}
         found: list[SpokenReply | None] = []
         for message in messages:
             reply = None
             if isinstance(message, dict) and message.get("role") == "assistant":
-                text = message.get("content")
+                said = _said_of(message)
                 reply = by_dict.get(id(message))
-                if reply is None or reply.text != text:
-                    reply = by_text.get(text) if isinstance(text, str) else None
+                if reply is None or reply.said != said:
+                    reply = by_said.get(said)
             found.append(reply)
         return found
 
@@ -200,9 +214,15 @@ class Session:
             "template_kwargs": copy.deepcopy(self.template_kwargs),
             "messages": copy.deepcopy(self.messages),
             "replies": [
-                {"message": at[id(r.message)], "ids": list(r.ids), "model": r.model, "trusted": r.trusted}
+                {
+                    "message": at[id(r.message)],
+                    "ids": list(r.ids),
+                    "begun": list(r.begun),
+                    "model": r.model,
+                    "trusted": r.trusted,
+                }
                 for r in self._replies
-                if id(r.message) in at and r.message.get("content") == r.text
+                if id(r.message) in at and _said_of(r.message) == r.said
             ],
         }
 
@@ -235,18 +255,32 @@ def check_session(session: object) -> Session:
     return session
 
 
+def _said_of(message: Message) -> tuple[str, str]:
+    """What tells a reply from others: its text, or where it has none what it thought."""
+    text = message.get("content")
+    thought = "" if text else message.get("reasoning_content")
+    return text if isinstance(text, str) else "", thought if isinstance(thought, str) else ""
+
+
 def _checked_reply(data: object, messages: Sequence[Message], where: str) -> SpokenReply:
     """A reply of a saved session, else OptionError naming `where`."""
     if not isinstance(data, Mapping):
         raise OptionError(f"{where} must be a dict, not {data!r}")
     at = checked_int(f"'message' of {where}", data.get("message"), 0, len(messages) - 1)
-    ids = data.get("ids", ())
-    if not isinstance(ids, list | tuple):
-        raise OptionError(f"'ids' of {where} must be a list of token ids, not {ids!r}")
+    text, thought = _said_of(messages[at])
     return SpokenReply(
         messages[at],
-        messages[at].get("content") or "",
-        tuple(checked_int(f"an id of {where}", token, 0, 2**31 - 1) for token in ids),
+        text,
+        _checked_ids(data, "ids", where),
         checked_bool(f"'trusted' of {where}", data.get("trusted", False)),
         checked_text(f"'model' of {where}", data.get("model", "")),
+        thought,
+        _checked_ids(data, "begun", where),
     )
+
+
+def _checked_ids(data: Mapping[str, Any], name: str, where: str) -> tuple[int, ...]:
+    ids = data.get(name, ())
+    if not isinstance(ids, list | tuple):
+        raise OptionError(f"{name!r} of {where} must be a list of token ids, not {ids!r}")
+    return tuple(checked_int(f"an id of {where}", token, 0, 2**31 - 1) for token in ids)

@@ -46,6 +46,11 @@ class Speech:
         return self._parser.thinking
 
     @property
+    def only_thought(self) -> bool:
+        """Whether a thinking was begun, and nothing came behind it."""
+        return self._parser.has_thought and not (self.text or self.tool_calls or self.stopped)
+
+    @property
     def tool_calls(self) -> Sequence[Mapping[str, Any]]:
         """Complete once it has ended."""
         return self._parser.tool_calls
@@ -55,6 +60,14 @@ class Speech:
         self._pieces.append(piece)  # first: an interrupt in between leaves a piece for every token
         self.tokens.append(token)
         return self._parser.push(self._decoder.decode(piece))
+
+    def go_on(self, pieces: Sequence[bytes]) -> int:
+        """What was said earlier of the same reply, and is not said again; returns how many tokens were thought."""
+        n_thought = 0
+        for piece in pieces:
+            n_thought += self.is_thinking
+            self._parser.push(self._decoder.decode(piece))
+        return n_thought
 
     def end(self) -> list[Part]:
         """Whatever was held back; nothing the second time."""

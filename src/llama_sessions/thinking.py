@@ -15,12 +15,13 @@ class Thinking:
     in place of a token that would pass the grammar by: the end of generation, or one that goes on behind the tag.
     """
 
-    def __init__(self, vocab: Vocab, speech: Speech, closing: str, budget: int | None) -> None:
+    def __init__(self, vocab: Vocab, speech: Speech, closing: str, budget: int | None, n_tokens: int = 0) -> None:
+        """`n_tokens`: as many were thought already."""
         self._vocab = vocab
         self._speech = speech
         self._closing = closing
         self._budget = budget
-        self._n_tokens = 0
+        self._n_tokens = n_tokens
         self._left: deque[int] | None = None  # of the tag that is forced; None: none was begun
 
     def forced(self, rule: Constraint | None) -> int | None:

@@ -70,12 +70,14 @@ def streams() -> Iterator[LlamaContext]:
 
 
 @pytest.mark.parametrize(
-    ("model", "unified"), [("llama-bpe", True), ("llama-bpe", False), ("mamba", True)], ids=["full", "streams", "state"]
+    ("model", "unified"),
+    [("llama-bpe", True), ("llama-bpe", False), ("mamba", True), ("hybrid", True)],
+    ids=["full", "streams", "state", "hybrid"],
 )
 def test_fake_memory_answers_as_llama_cpp_does(model: str, unified: bool) -> None:
     real = real_context(model, unified)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20 if model == "hybrid" else 60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(OPERATIONS)
     def compare(operations: list[tuple[Any, ...]]) -> None:
         real.memory.clear()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -53,7 +53,7 @@ def _mix(x: int) -> int:
 class FakeMemory:
     """Cells with positions and owners.
 
-    - `seq_cp` shares cells in a unified cache, and copies the whole state where there is one. Between streams it aborts
+    - `seq_cp` shares cells in a unified cache, and takes the whole state where there is one. Between streams it aborts
       for a part of a row; of a whole one it copies positions, and at the next decode, buffer over buffer, what is then
       in them: a save of the copy before that, or a load on either side, goes wrong.
     - `seq_add` moves a shared cell for every owner; K is rotated at the next decode.
@@ -79,13 +79,17 @@ class FakeMemory:
         """The cells of a sequence by position."""
         return sorted((c for c in self.cells if seq_id in c.owners), key=lambda c: c.pos)
 
+    def stream(self, seq_id: int) -> int:
+        """The stream of a sequence: its own, or the one that there is."""
+        return seq_id if self._has_streams else 0
+
     def content(self, cell: _Cell) -> int:
         """What lies at its place: where a copy is pending, what was there before."""
         return self.buffers.get(cell.stream, {}).get(cell.place, 0)
 
     def add(self, seq_id: int, pos: int, content: int) -> None:
         """A cell of its own at the first free place."""
-        stream = seq_id if self._has_streams else 0
+        stream = self.stream(seq_id)
         taken = {cell.place for cell in self.cells if cell.stream == stream}
         place = next(place for place in count() if place not in taken)
         self.cells.append(_Cell(pos, {seq_id}, stream, place))
@@ -122,26 +126,23 @@ class FakeMemory:
         self.n_operations += 1
         low, high = p0 or 0, 2**31 if p1 is None else p1
         row = self.row(src)
-        if self.caps.keeps_state or not self.caps.unified:
-            if not self.caps.keeps_state and row and (low > 0 or high <= row[-1].pos):
-                raise FakeAbort('seq_cp of a part of a stream ("only supported for full KV buffers")')
-            if src != dst:
-                self.let_go(dst, self.row(dst))
-                self._copy(row, src, dst)
+        if not self.caps.unified and not self.caps.keeps_state and row and (low > 0 or high <= row[-1].pos):
+            raise FakeAbort('seq_cp of a part of a stream ("only supported for full KV buffers")')
+        if src == dst:
             return
-        if src != dst:
-            for cell in row:
-                if low <= cell.pos < high:
-                    cell.owners.add(dst)
-
-    def _copy(self, row: list[_Cell], src: int, dst: int) -> None:
+        if self.caps.keeps_state or not self.caps.unified:  # whole or not at all
+            self.let_go(dst, self.row(dst))
+            low, high = 0, 2**31
         if self._has_streams:
             self.cells += [_Cell(c.pos, {dst}, dst, c.place, c.shift) for c in row]
             self._copies.append((src, dst))
-        else:
+        elif self.caps.kind is MemoryKind.RECURRENT:
             for cell in row:
                 self.add(dst, cell.pos, self.content(cell))
-                self.cells[-1].shift = cell.shift
+        else:
+            for cell in row:
+                if low <= cell.pos < high:
+                    cell.owners.add(dst)
 
     def seq_add(self, seq_id: int, p0: int | None, p1: int | None, delta: int) -> None:
         self._check(seq_id)
@@ -159,7 +160,7 @@ class FakeMemory:
         row = self.row(seq_id)
         if not row:
             return None
-        return row[-1].pos if self.caps.kind is MemoryKind.RECURRENT else row[0].pos
+        return row[-1].pos if self.caps.keeps_state else row[0].pos  # a state has its last one alone
 
     def pos_max(self, seq_id: int) -> int | None:
         self._check(seq_id)
@@ -213,7 +214,7 @@ class FakeContext:
             if end is not None and run.pos != end + 1:
                 return -1
         memory.update()
-        before = [replace(cell, owners=set(cell.owners)) for cell in memory.cells]
+        before = [_Cell(c.pos, set(c.owners), c.stream, c.place, c.shift) for c in memory.cells]
         buffers = {stream: dict(places) for stream, places in memory.buffers.items()}
         self._logits = {}
         at = 0
@@ -239,8 +240,9 @@ class FakeContext:
         if caps.kind is MemoryKind.RECURRENT:
             seen = seen[-1:]
         total = 0
+        places = self.memory.buffers.get(self.memory.stream(seq_id), {})
         for cell in seen:
-            total = (total + _mix(self.memory.content(cell) ^ _mix(pos - cell.pos))) & (2**64 - 1)
+            total = (total + _mix(places[cell.place] ^ _mix(pos - cell.pos))) & (2**64 - 1)
         content = _mix(total ^ _mix(token + 1))
         if caps.kind is MemoryKind.RECURRENT:
             self.memory.let_go(seq_id, self.memory.row(seq_id))

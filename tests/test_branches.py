@@ -16,6 +16,7 @@ from scripted import only_text, reply_of, script, scripted
 from test_reasoning import CALL
 
 from llama_sessions import PRESETS, ContextManager, Engine, NoFreeSlot, OptionError, Session, StateError
+from llama_sessions.llama.context import LlamaContext
 
 Loader = Callable[..., ContextManager]
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -78,6 +79,132 @@ def test_an_error_in_one_of_several_replies_ends_all_and_is_raised(load: Loader)
     assert engine.chat(session, "Still there?", max_tokens=3).n_generated
 
 
+def slow_encoding(n_slow: int, seconds: float) -> Callable[..., None]:
+    """A `before_encode` that takes its time at the `n_slow`-th call."""
+    calls = iter(range(1, 1000))
+    return lambda *args: time.sleep(seconds) if next(calls) == n_slow else None
+
+
+LONG = "Who are you? " * 12
+
+
+@pytest.mark.parametrize("late", ["in the prompt", "at a fork"])
+def test_several_replies_that_time_out_before_their_first_token_leave_the_session(load: Loader, late: str) -> None:
+    cm = load(n_batch=32, max_sessions=4)
+    if late == "in the prompt":
+        cm.set_hook("on_progress", lambda *args: time.sleep(0.05))
+    else:
+        cm.set_hook("before_encode", slow_encoding(2, 0.2))
+    session = Session()
+    branches = Engine(cm).replies(session, LONG, n=3, timeout_s=0.12, max_tokens=5)
+    assert [(b.reply.stop_reason, b.reply.n_generated) for b in branches] == [("timeout", 0)] * 3
+    assert all(b.reply.got_nowhere and b.reply.total_s >= 0.12 for b in branches)
+    assert session.messages == []
+    assert all(b.session.messages == [] and b.session.n_past == 0 for b in branches)
+    assert (session.n_past < branches[0].reply.n_prompt) == (late == "in the prompt")
+    cm.clear_hook("on_progress")
+    assert cm.stats().n_sessions == 1
+    assert Engine(cm).replies(session, LONG, n=3, max_tokens=2)[2].reply.n_generated
+
+
+def test_the_times_of_several_replies_count_from_the_call(load: Loader) -> None:
+    cm = load(n_batch=32, max_sessions=4)
+    cm.set_hook("on_progress", lambda *args: time.sleep(0.03))
+    branches = Engine(cm).replies(Session(), LONG, n=2, max_tokens=2)
+    assert all(0.09 < b.reply.first_token_s <= b.reply.total_s for b in branches)
+
+
+def test_several_replies_that_time_out_later_keep_what_each_has_said(load: Loader) -> None:
+    cm = load(n_ctx=8192, max_sessions=4)
+    session = Session()
+    branches = Engine(cm).replies(session, "Who?", n=3, timeout_s=0.15, max_tokens=100_000, logit_bias=only_text(cm))
+    for branch in branches:
+        assert branch.reply.stop_reason == "timeout"
+        assert branch.reply.n_generated > 0
+        assert branch.session.messages[-1] == {"role": "assistant", "content": branch.reply.text}
+        assert not cm.is_held(branch.session)
+    assert asked(session) == ["Who?"]
+
+
+@pytest.mark.parametrize("at", [0, 64])
+def test_on_progress_cancels_several_replies_as_it_does_one(load: Loader, at: int) -> None:
+    cm = load(n_batch=32, max_sessions=4)
+    cm.set_hook("on_progress", lambda done, total, session: done < at)
+    session = Session()
+    branches = Engine(cm).replies(session, LONG, n=2)
+    assert [(b.reply.stop_reason, b.reply.text, b.reply.tokens) for b in branches] == [("cancelled", "", ())] * 2
+    assert session.messages == []
+    assert session.n_past == at
+    assert cm.stats().n_sessions == (at > 0)
+
+
+def test_on_progress_hears_of_prompts_that_only_the_forks_have(load: Loader) -> None:
+    cm = load(n_batch=32, max_sessions=4)
+    session = Session()
+    cm.set_hook("before_encode", lambda messages, who: None if who is session else [{"role": "user", "content": LONG}])
+    cm.set_hook("on_progress", lambda done, total, who: who is session)
+    branches = Engine(cm).replies(session, "Who?", n=2)
+    assert [b.reply.stop_reason for b in branches] == ["cancelled"] * 2
+    assert session.messages == []
+    assert cm.stats().n_sessions == 1
+
+
+def test_nobody_else_uses_a_session_of_which_several_replies_are_made(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cm = load(max_sessions=4)
+    engine, session = Engine(cm), Session()
+    held: list[bool] = []
+    decode = LlamaContext.decode
+    monkeypatch.setattr(LlamaContext, "decode", lambda *args: held.append(cm.is_held(session)) or decode(*args))
+    n_refused = 0
+
+    def intrude() -> None:
+        nonlocal n_refused
+        for call in (lambda: engine.chat(session, "Me too?"), lambda: cm.park(session), lambda: cm.prepare(session)):
+            with pytest.raises(StateError, match="generating"):
+                call()
+            n_refused += 1
+
+    def hook(done: int, total: int, who: Session) -> None:
+        thread = threading.Thread(target=intrude)
+        thread.start()
+        thread.join()
+
+    cm.set_hook("on_progress", hook)
+    branches = engine.replies(session, "Who?", n=2, max_tokens=3, logit_bias=only_text(cm))
+    assert held == [True] * 3  # the prompt, and a token of both twice
+    assert n_refused == 6
+    assert asked(session) == ["Who?"]
+    assert not any(cm.is_held(each) for each in (session, *(b.session for b in branches)))
+
+
+@pytest.mark.parametrize("n_call", [1, 2, 3])
+def test_a_manager_closed_within_several_replies_takes_the_question_back(load: Loader, n_call: int) -> None:
+    cm = load(max_sessions=4)
+    calls = iter(range(1, 10))
+    cm.set_hook("before_encode", lambda *args: cm.close() if next(calls) == n_call else None)
+    session = Session()
+    with pytest.raises(StateError, match="closed"):
+        Engine(cm).replies(session, "Who?", n=2)
+    assert session.messages == []
+    assert not cm.is_held(session)
+
+
+def test_idle_sessions_are_parked_for_several_replies_and_those_are_not(load: Loader) -> None:
+    cm = load(max_sessions=4, n_ctx=2048)
+    engine = Engine(cm)
+    idle = [Session() for _ in range(3)]
+    for other in idle:
+        engine.chat(other, "I only stand here.", max_tokens=2)
+    session = Session()
+    branches = engine.replies(session, "Who?", n=3, max_tokens=4, logit_bias=only_text(cm))
+    assert cm.stats().n_parked == 3
+    assert all(b.reply.n_reused == b.reply.n_prompt for b in branches)
+    for branch in branches:
+        assert_exact(cm, branch.session)
+
+
 # -- stateless
 
 
@@ -134,6 +261,45 @@ def test_stateless_calls_give_slots_back(load: Loader) -> None:
     for i in range(5):
         engine.chat(messages=[{"role": "user", "content": f"number {i}"}], max_tokens=2)
     assert cm.stats().n_sessions == 2
+
+
+def test_stateless_calls_with_other_tools_never_share_a_session(load: Loader) -> None:
+    cm = load(n_ctx=2048)
+    engine, made = Engine(cm), []
+    for tools in ([tool("add")], [tool("sub")], None, [tool("add")]):
+        stream = engine.stream(messages=history(3), tools=tools, max_tokens=2)
+        list(stream)
+        made.append(stream._generation.session)
+        assert made[-1].tools == tools
+    assert [made.index(session) for session in made] == [0, 1, 2, 0]
+
+
+def test_a_stateless_stream_that_is_never_advanced_gives_its_conversation_back(load: Loader) -> None:
+    engine = Engine(load(n_ctx=2048))
+    first = engine.stream(messages=history(3), max_tokens=2)
+    list(first)
+    for _ in range(2):
+        engine.stream(messages=history(3)).close()
+    again = engine.stream(messages=history(3), max_tokens=2)
+    assert again._generation.session is first._generation.session
+
+
+def test_a_stream_that_ends_in_the_middle_of_the_search_for_a_session_does_not_hang(load: Loader) -> None:
+    """A finaliser comes at any moment, also while its own thread looks for the next call's session."""
+    engine = Engine(load(n_ctx=2048, max_sessions=1))
+    list(engine.stream(messages=history(3), max_tokens=2))
+    stream = engine.stream(messages=history(5), max_tokens=9)
+    next(stream)
+    conversations = engine._conversations
+    conversations._free_a_slot = stream.close  # type: ignore[method-assign]
+    thread = threading.Thread(target=lambda: engine.stream(messages=[{"role": "user", "content": "x"}]), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def tool(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
 
 
 def test_a_stateless_call_takes_text_in_parts_and_its_own_system(load: Loader) -> None:
@@ -262,6 +428,20 @@ def test_a_raw_session_says_its_text_as_it_stands(load: Loader) -> None:
     assert_exact(cm, session)
 
 
+def test_control_text_in_a_raw_session_is_control_but_for_assistant_messages(load: Loader) -> None:
+    cm = load()
+    end = cm.vocab.control["<|im_end|>"]
+    for trusted in (False, True):
+        session = Session.raw("a<|im_end|>")
+        session.add_tool_result("b<|im_end|>")
+        session.add_assistant("c<|im_end|>", trusted=trusted)
+        session.add_user("d")
+        cm.prepare(session)
+        ids = cm.tokens(session).tolist()
+        assert ids.count(end) == 2 + trusted
+        assert b"".join(map(cm.vocab.piece, ids)) == b"a<|im_end|>b<|im_end|>c<|im_end|>d"
+
+
 def test_a_raw_session_takes_no_system_text(load: Loader) -> None:
     cm = load()
     cm.set_system("Rules.")
@@ -365,6 +545,7 @@ def test_a_stream_is_cancelled_from_another_thread(load: Loader) -> None:
 
 def test_a_cancel_before_the_first_token_takes_everything_back(load: Loader) -> None:
     cm = load()
+    cm.set_system("Be brief.")
     session = Session()
     stream = Engine(cm).stream(session, "Who?")
     stream.cancel()
@@ -453,9 +634,12 @@ def test_a_refused_stateless_call_leaves_what_is_known(load: Loader) -> None:
     engine = Engine(cm)
     engine.chat(messages=history(1), max_tokens=2)
     before = cm.stats().n_cells_unique
-    for refused in ({"grammar": "root ::= ("}, {"continue_last": True}):
-        with pytest.raises(OptionError):
-            engine.chat(messages=[{"role": "user", "content": "other"}], **refused)
+    known = engine._conversations._given_back[0].messages.copy()
+    for refused in ({"grammar": "root ::= ("}, {"continue_last": True}, {"logit_bias": {10**6: 1.0}}):
+        for messages in ([{"role": "user", "content": "other"}], [*known, *history(1)]):
+            with pytest.raises(OptionError):
+                engine.chat(messages=messages, **refused)
+    assert [session.messages for session in engine._conversations._given_back] == [known]
     with pytest.raises(OptionError, match="there is nothing to answer"):
         engine.chat(messages=history(2))
     assert cm.stats().n_cells_unique == before

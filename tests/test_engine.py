@@ -663,6 +663,16 @@ def test_a_text_that_is_none_is_refused(cm: ContextManager, engine: Engine, text
     assert cm.stats().slots_free == 4
 
 
+@pytest.mark.parametrize("option", [{"text": "x"}, {"messages": []}, {"tools": []}])
+def test_regenerate_takes_generation_options_alone(engine: Engine, option: dict[str, Any]) -> None:
+    session = Session()
+    session.add_user("x")
+    session.add_assistant("y")
+    with pytest.raises(OptionError, match=f"unknown generation option '{next(iter(option))}'"):
+        engine.regenerate(session, **option)
+    assert [m["content"] for m in session.messages] == ["x", "y"]
+
+
 @pytest.mark.parametrize("last", ["text", None, {"content": "x"}, {"role": "user", "content": 5}])
 def test_a_last_message_that_is_none_is_refused(cm: ContextManager, engine: Engine, last: Any) -> None:
     session = Session()
@@ -792,6 +802,30 @@ def test_a_chat_that_fails_before_its_prompt_gives_its_slot_back(cm: ContextMana
     with pytest.raises((ContextOverflow, ZeroDivisionError)):
         Engine(cm).chat(session, "~" * 3000)
     cm.check_integrity()
+    assert cm.stats().slots_free == 4
+
+
+def test_a_chat_with_nothing_to_answer_gives_its_slot_back(cm: ContextManager, engine: Engine) -> None:
+    cm.set_system("Be brief.")
+    session = Session()
+    session.add("system", "Be long.")
+    for _ in range(2):
+        with pytest.raises(OptionError, match="only a system text"):
+            engine.chat(session)
+    assert cm.stats().slots_free == 4
+    cm.prepare(session)
+    n_past = session.n_past
+    assert n_past
+    with pytest.raises(OptionError, match="only a system text"):
+        engine.chat(session)
+    assert session.n_past == n_past  # it had its row before
+
+
+def test_a_chat_that_is_cancelled_before_anything_is_decoded_gives_its_slot_back(
+    cm: ContextManager, engine: Engine
+) -> None:
+    cm.set_hook("on_progress", lambda *args: False)
+    assert engine.chat(Session(), "Who?").got_nowhere
     assert cm.stats().slots_free == 4
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp
@@ -12,7 +15,8 @@ from models import model_path
 from oracle import oracle_for
 from scripted import only_text
 
-from llama_sessions import ContextManager, Engine, ModelError, OptionError, Session, StateError
+from llama_sessions import ContextManager, Engine, LlamaSessionsError, ModelError, OptionError, Session, StateError
+from llama_sessions.testing import FakeContext, fake_parts
 
 PROMPT = "Once upon a time"
 
@@ -65,6 +69,58 @@ def test_a_llama_closed_first_is_said_and_nothing_crashes(llm: llama_cpp.Llama) 
     assert cm.is_closed
     with pytest.raises(OptionError, match="the Llama is closed"):
         ContextManager.from_llama(llm)
+
+
+@pytest.mark.parametrize("form", [{}, {"grammar": "root ::= [a-z]+"}])
+def test_a_llama_closed_under_a_stream_ends_it_with_what_was_said(llm: llama_cpp.Llama, form: Any) -> None:
+    cm = ContextManager.from_llama(llm, n_ctx=256, n_threads=1)
+    session = Session()
+    stream = Engine(cm).stream(session, "Who?", logit_bias=only_text(cm), **form)
+    said = next(stream).text + next(stream).text
+    llm.close()
+    with pytest.raises(StateError, match="the Llama whose weights this manager uses was closed"):
+        next(stream)
+    assert session.messages[-1] == {"role": "assistant", "content": said}
+    del stream
+    cm.close()
+
+
+def test_a_llama_closed_while_a_call_waits_for_its_turn_is_said_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, inside, go_on, waits = (threading.Event() for _ in range(4))
+    cm = ContextManager.over(replace(fake_parts(), is_gone=gone.is_set))
+    first, second = Session(), Session()
+    first.add_user("Who?")
+    errors: list[str] = []
+
+    def slow_decode(*_: Any) -> int:
+        inside.set()
+        assert go_on.wait(10)
+        return 2
+
+    def call(act: Callable[[], object]) -> None:
+        try:
+            act()
+        except LlamaSessionsError as e:
+            errors.append(str(e))
+
+    def fork() -> None:
+        waits.set()
+        call(lambda: cm.fork(second))
+
+    monkeypatch.setattr(FakeContext, "decode", slow_decode)
+    threads = [threading.Thread(target=call, args=(lambda: cm.prepare(first),)), threading.Thread(target=fork)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    assert waits.wait(10)
+    time.sleep(0.05)  # now it stands at the door
+    gone.set()
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(errors) == 2  # the first call's decode failed
+    assert "was closed" in errors[1]
+    cm.close()
 
 
 @pytest.mark.parametrize(

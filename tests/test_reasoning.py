@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from interrupting import interrupted_everywhere
 from models import model_path
 from oracle import oracle_for
 from scripted import ids_of, reply_of, script, scripted
 
 from llama_sessions import ContextManager, Engine, OptionError, Session
+from llama_sessions.tool_loop import answer_calls
 
 Loader = Callable[..., ContextManager]
 
@@ -227,6 +229,83 @@ def test_run_tools_stops_at_its_limit(load: Loader) -> None:
     assert len(reply.tool_calls) == 1
     assert [m["role"] for m in session.messages].count("tool") == 2
     assert session.messages[2]["content"] == '{"sum": 5}'
+
+
+@pytest.mark.parametrize("interrupted", [0, 1])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_within_a_tool_leaves_a_session_that_goes_on(load: Loader, interrupted: int, kind: Any) -> None:
+    engine, session = Engine(load(chat_template=QWEN)), Session(tools=TOOLS)
+    calling(engine, session, [CALL + CALL, "Well."])
+    n_calls = iter(range(9))
+
+    def add(a: int, b: int) -> int:
+        if next(n_calls) == interrupted:
+            raise kind
+        return a + b
+
+    with pytest.raises(kind):
+        engine.run_tools(session, [add], "2 + 3?")
+    asked = [call["id"] for call in session.messages[1]["tool_calls"]]
+    assert [m["tool_call_id"] for m in session.messages[2:]] == asked
+    error = json.dumps({"error": f"not finished: interrupted by {kind.__name__}"})
+    assert [m["content"] for m in session.messages[2:]] == ["5"] * interrupted + [error] * (2 - interrupted)
+    assert engine.chat(session).text == "Well."
+    assert [m["role"] for m in session.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+
+
+def test_an_interrupt_anywhere_in_the_answers_gives_each_call_one_result() -> None:
+    calls = [{"id": i, "type": "function", "function": {"name": "add", "arguments": "{}"}} for i in "ab"]
+
+    def start() -> Session:
+        session = Session()
+        session.messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        return session
+
+    def check(session: Session) -> None:
+        ids = [m["tool_call_id"] for m in session.messages[1:]]
+        assert ids in ([], ["a", "b"])  # none: before the first was called
+        n_whole.append(len(ids) // 2)
+
+    n_whole: list[int] = []
+    n = interrupted_everywhere(start, lambda session: answer_calls(session, calls, {"add": lambda: "5"}), check)
+    assert sum(n_whole) > 0.9 * n > 100
+
+
+def test_a_tool_that_takes_its_call_out_of_the_session_is_an_error(load: Loader) -> None:
+    engine, session = Engine(load(chat_template=QWEN)), Session(tools=TOOLS)
+    calling(engine, session, [CALL])
+    with pytest.raises(OptionError, match="no tool call has the id"):
+        engine.run_tools(session, {"add": lambda a, b: session.messages.clear()}, "2 + 3?")
+    assert session.messages == []
+
+
+@pytest.mark.parametrize("why", ["cancelled", "timeout"])
+def test_run_tools_calls_nothing_that_a_reply_cut_short_asked_for(load: Loader, why: str) -> None:
+    cm = load(chat_template=QWEN)
+    engine, session = Engine(cm), Session(tools=TOOLS)
+    stream = engine.stream
+
+    def cut(*args: Any, **options: Any) -> Any:
+        made = script(stream(*args, **options), [*ids_of(cm, CALL), *ids_of(cm, " and so on")])
+        chunks = made._generation.chunks
+
+        def watched(token: int) -> Any:
+            found = chunks(token)
+            if made._generation._speech.tool_calls:  # whole: the reply is cut behind it
+                made.cancel()
+            return found
+
+        made._generation.chunks = watched  # type: ignore[method-assign]
+        if why == "timeout":
+            made._why_stop = lambda: "timeout" if made._stop else None  # type: ignore[method-assign]
+        return made
+
+    engine.stream = cut  # type: ignore[method-assign]
+    called: list[Any] = []
+    reply = engine.run_tools(session, {"add": lambda a, b: called.append(a)}, "2 + 3?")
+    assert (reply.stop_reason, len(reply.tool_calls)) == (why, 1)
+    assert called == []
+    assert [m["role"] for m in session.messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,19 @@ def test_another_model_keeps_the_text_and_drops_the_ids(load: Loader) -> None:
     oracle_for(model_path("llama-spm")).assert_exact(another.logits(session), another.tokens(session))
 
 
+def test_another_model_of_the_same_words_drops_the_ids_all_the_same(load: Loader) -> None:
+    """They spell the text there, too: only the fingerprint tells."""
+    saved = a_session(load()).to_dict()
+    other = load("mamba")
+    session, spelled = Session.from_dict(saved), ids_of(other, "the", by_byte=True)
+    assert tuple(spelled) in {tuple(reply["ids"]) for reply in saved["replies"]}
+    other.prepare(session)
+    row = other.tokens(session).tolist()
+    assert not any(row[i : i + len(spelled)] == spelled for i in range(len(row)))
+    whole = ids_of(other, "the")
+    assert any(row[i : i + len(whole)] == whole for i in range(len(row)))
+
+
 def test_a_reply_that_was_edited_is_saved_without_its_ids(load: Loader) -> None:
     session = a_session(load())
     session.messages[1]["content"] = "edited"

@@ -61,10 +61,11 @@ class Engine:
         """The session is this stream's alone until its reply is finished."""
         if options.continue_last:
             raise OptionError("continue_last goes on with a session's message; pass the session")
-        compiled = Generation.form(self.cm, options)  # what is wrong with it is said before a session is touched
-        session = self._conversations.take(messages, tools)
-        give_back = partial(self._conversations.give_back, session)
-        return Stream(self.cm, Generation(self.cm, session, None, options, form=compiled, on_end=give_back))
+        asking = self._conversations.saying(messages, tools)
+        generation = Generation(self.cm, asking, None, options)  # what is wrong is said before a known one is touched
+        session = self._conversations.take(asking)
+        generation.move_to(session, partial(self._conversations.give_back, session))
+        return Stream(self.cm, generation)
 
     def chat(
         self,
@@ -94,6 +95,7 @@ class Engine:
 
     def regenerate(self, session: Session, **options: Any) -> Reply:
         """Answer the last user message anew. The old reply comes back if this fails before its first token."""
+        GenerationOptions.build(options)  # and nothing else that `chat` takes: a text, messages
         check_session(session)
         messages = message_list(session)
         if not messages or check_message(messages[-1], "the last message")["role"] != "assistant":
@@ -106,7 +108,7 @@ class Engine:
             if not messages or messages[-1].get("role") != "assistant":
                 messages.append(old)
             raise
-        if not reply.n_generated and reply.stop_reason in ("cancelled", "timeout"):
+        if reply.got_nowhere:
             messages.append(old)
         return reply
 
@@ -116,7 +118,9 @@ class Engine:
 
         Each is in a fork of its own (`branch.session`), to go on with or to release; `session` itself keeps the
         question and gets no answer. A `seed` is that of the first, the next one's is one more. Takes `n` slots more.
-        On an error the session is as before.
+        Nobody else may use the session meanwhile. `timeout_s` is for all of it, the prompt included. On an error the
+        session is as before; so it is where this is cancelled (`on_progress`) or timed out before the first token: then
+        there are `n` replies with nothing but that stop reason, in copies of the session that take no slots.
         """
         checked = GenerationOptions.build(options)
         check_branching(checked)
@@ -135,7 +139,9 @@ class Engine:
         """Chat, run what the model calls, tell it the results, and so on until it answers in words.
 
         `functions`: by name, or a list of functions that have the names. An error of theirs goes to the model as the
-        result. After `max_rounds` rounds of calls the last reply is returned as it is, its calls unanswered.
+        result. After `max_rounds` rounds of calls the last reply is returned as it is, its calls unanswered; so is one
+        that was cancelled or timed out (`timeout_s` is each reply's own). An interrupt within a function is raised: its
+        call, and those behind it, then have an error as their result, and `chat(session)` goes on from there.
         """
         named = checked_functions(functions)
         check_session(session)
@@ -145,7 +151,7 @@ class Engine:
         reply = self.chat(session, text, **options)
         options.pop("continue_last", None)
         for _ in range(n_rounds):
-            if not reply.tool_calls or reply.stop_reason in ("cancelled", "timeout"):
+            if not reply.tool_calls or reply.is_cut_short:
                 break
             answer_calls(session, reply.tool_calls, named)
             reply = self.chat(session, **options)

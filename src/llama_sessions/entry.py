@@ -43,7 +43,7 @@ class _Inside:
         entry = self.entry
         entry.owner = threading.get_ident()
         try:
-            if entry.closed:  # somebody closed it while this call waited
+            if entry.closed or entry.is_gone:  # since this call began to wait
                 entry.check()
             if self.before is not None:
                 self.before()
@@ -95,6 +95,11 @@ class Entry:
         """Whether this is a forked child, where llama.cpp must not be touched."""
         return _process.pid != self._pid
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the weights were somebody else's, who has freed them."""
+        return self._is_gone is not None and self._is_gone()
+
     def check(self) -> None:
         """StateError where no call is allowed at all."""
         if self.in_child:
@@ -104,7 +109,7 @@ class Entry:
             )
         if self.closed:
             raise StateError("the manager is closed; load the model again")
-        if self._is_gone is not None and self._is_gone():
+        if self.is_gone:
             raise StateError("the Llama whose weights this manager uses was closed; close the manager first next time")
 
     def check_may_change(self) -> None:
@@ -158,7 +163,7 @@ class Entry:
         """Close the door, at the end of the call that is under way; nothing if closed already, or in a forked child."""
         if self.in_child or self.closed:
             return
-        if self._is_gone is None or not self._is_gone():
+        if not self.is_gone:
             self.check_may_change()
         if self._is_inside():
             self._close_when_left = True

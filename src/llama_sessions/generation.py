@@ -20,7 +20,7 @@ from .messages import check_message
 from .options import checked_text
 from .pending import NextToken, Pending, PromptChunk, Work
 from .prompts import check_partial, message_list
-from .reply import Chunk, Reply, TokenLogprob, logprobs_of, reply_fields
+from .reply import CUT_SHORT, Chunk, Reply, TokenLogprob, logprobs_of, reply_fields
 from .reply_parser import Part, ReplyParser, of_one_kind
 from .session import Session
 from .speech import Speech
@@ -45,12 +45,8 @@ class Generation:
         options: GenerationOptions,
         *,
         holder: object | None = None,
-        form: Constraint | None = None,
-        on_end: Callable[[], None] | None = None,
     ) -> None:
-        """`holder`: who holds the session meanwhile, and steps it; None: the generation itself. `form`: what the
-        options ask the reply to be, if it is compiled already. `on_end` is called once, when the reply is finished.
-        """
+        """`holder`: who holds the session meanwhile, and steps it; None: the generation itself."""
         _check_question(message_list(session), text, options)
         self.session = session
         self._holder = holder
@@ -59,8 +55,8 @@ class Generation:
         self._text = text
         self._options = options
         self._sampler = Sampler(options, cm.capabilities.n_vocab)
-        self._grammar = self.form(cm, options) if form is None else form
-        self._on_end = on_end
+        self._grammar = _form(cm, options)
+        self._on_end: Callable[[], None] | None = None
         self._speech = Speech(ReplyParser(None, tools=False))
         self._thinking = self._thinking_of(self._speech)
         self._logprobs: list[TokenLogprob] = []
@@ -74,22 +70,27 @@ class Generation:
         self._thought = ""  # what the message to continue had thought before
         self._before: list[int] = []  # ids that spell what a partial message said
         self._most = cm.capabilities.n_row_max
-        self._started = 0.0
+        self._started: float | None = None
         self._first_token_s = 0.0
 
-    @staticmethod
-    def form(cm: ContextManager, options: GenerationOptions) -> Constraint | None:
-        """What the options ask a reply to be, compiled for this vocabulary."""
-        if options.json_schema is not None:
-            from .llama.schema import gbnf_of_schema  # here: reading it is a fifth of the package's import
-
-            return cm.grammar(gbnf_of_schema(options.json_schema))
-        return None if options.grammar is None else cm.grammar(options.grammar)
+    def move_to(self, session: Session, on_end: Callable[[], None]) -> None:
+        """Before `start`: answer in a session that says the same. `on_end` is called once, when it is let go."""
+        self.session, self._on_end = session, on_end
 
     @property
     def holder(self) -> object:
         """Who holds the session and may step it."""
         return self if self._holder is None else self._holder  # not kept: it would be a cycle
+
+    @property
+    def is_new(self) -> bool:
+        """Whether `start` is still to come."""
+        return self._started is None
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a token was chosen already."""
+        return bool(self._speech.tokens)
 
     @property
     def pending(self) -> Pending | None:
@@ -102,13 +103,22 @@ class Generation:
     def is_late(self) -> bool:
         """Whether `timeout_s` is over."""
         most = self._options.timeout_s
-        return most is not None and time.perf_counter() - self._started >= most
+        return most is not None and not self.is_new and self.seconds >= most
 
-    def start(self) -> None:
-        """Add the user's message, hold the session, begin the prompt. On an error everything is as before."""
-        self._started = time.perf_counter()
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return 0.0 if self._started is None else time.perf_counter() - self._started
+
+    def start(self, seconds_ago: float = 0.0) -> None:
+        """Add the user's message, hold the session, begin the prompt. On an error everything is as before.
+
+        `seconds_ago`: how long the call of which it is a part has been going on.
+        """
+        self._started = time.perf_counter() - seconds_ago
         cm, session, options = self._cm, self.session, self._options
         cm.hold(session, self.holder)
+        had_row = session.n_past > 0
         try:
             _check_question(message_list(session), self._text, options)  # it may have changed since
             if self._text is not None:
@@ -129,6 +139,8 @@ class Generation:
             self._opened_by_prompt = self._speech.is_thinking
         except BaseException:
             self.fail()
+            if not had_row:  # nothing of its own is decoded yet, and what it shares can be shared again
+                self._release()
             raise
 
     def _parser(self) -> ReplyParser:
@@ -181,7 +193,7 @@ class Generation:
         """What a chosen token gives: a chunk, and one more for each further kind of text in it. Ends the reply where
         that token does."""
         if not self._first_token_s:
-            self._first_token_s = time.perf_counter() - self._started
+            self._first_token_s = self.seconds
         if token is None and self._grammar is not None:
             return self._last_chunks(None, [], "grammar_dead_end")
         if token is None:
@@ -238,6 +250,10 @@ class Generation:
             )
         return chunks
 
+    def cut_short(self, stop_reason: str) -> list[Chunk]:
+        """End the reply here: chunks of what was held back, and the reply."""
+        return self._last_chunks(None, [], stop_reason)
+
     def _last_chunks(self, token: int | None, parts: list[Part], stop_reason: str) -> list[Chunk]:
         parts = parts + self._speech.end()
         return self._as_chunks(token, parts, self.finish(stop_reason))
@@ -250,17 +266,14 @@ class Generation:
         speech, pending = self._speech, self._pending
         speech.end()
         tokens = speech.tokens
-        said_something = bool(tokens) or stop_reason in ("stop", "grammar_dead_end")
+        said_something = bool(tokens) or stop_reason not in CUT_SHORT
         try:
             if said_something:
                 self._add_to_session()
             else:
                 self._take_back()
         finally:
-            self._cm.let_go(self.session, self.holder)
-            if self._on_end is not None:
-                on_end, self._on_end = self._on_end, None
-                on_end()
+            self.leave()
         if not said_something:
             self._leave_an_empty_row()
         n_prompt, n_reused = (0, 0) if pending is None else (pending.n_tokens, pending.n_reused)
@@ -274,12 +287,19 @@ class Generation:
             n_decoded=max(0, min(n_done, n_prompt) - n_reused),
             n_generated=len(tokens),
             first_token_s=self._first_token_s,
-            total_s=time.perf_counter() - self._started,
+            total_s=self.seconds,
             thinking=speech.thinking[len(self._thought) :],
             tool_calls=tuple(speech.tool_calls),
             logprobs=tuple(self._logprobs[: len(tokens)]),
         )
         return self.reply
+
+    def leave(self) -> None:
+        """Let the session go, and say so to whoever waits for it."""
+        self._cm.let_go(self.session, self.holder)
+        if self._on_end is not None:
+            on_end, self._on_end = self._on_end, None
+            on_end()
 
     def _add_to_session(self) -> None:
         """What was said, once: an interrupted `finish` may have got as far as the session."""
@@ -314,7 +334,11 @@ class Generation:
         """A session that got nowhere must not keep a slot from others."""
         with suppress(StateError):
             if not len(self._cm.tokens(self.session)):
-                self._cm.release(self.session)
+                self._release()
+
+    def _release(self) -> None:
+        with suppress(StateError):
+            self._cm.release(self.session)
 
     def fail(self) -> None:
         """An error ends it: keep what was said, or take the user's message back if nothing was."""
@@ -325,6 +349,15 @@ class Generation:
         messages = self.session.messages
         if self._user is not None and messages and messages[-1] is self._user:
             messages.pop()
+
+
+def _form(cm: ContextManager, options: GenerationOptions) -> Constraint | None:
+    """What the options ask a reply to be, compiled for this vocabulary."""
+    if options.json_schema is not None:
+        from .llama.schema import gbnf_of_schema  # here: reading it is a fifth of the package's import
+
+        return cm.grammar(gbnf_of_schema(options.json_schema))
+    return None if options.grammar is None else cm.grammar(options.grammar)
 
 
 def _check_question(messages: list[Message], text: str | None, options: GenerationOptions) -> None:

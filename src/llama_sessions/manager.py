@@ -73,8 +73,13 @@ class ContextManager:
     def from_llama(cls, llm: Any, *, chat_template: str | None = None, **options: Any) -> ContextManager:
         """A context of our own over the weights of a `llama_cpp.Llama`, which stays usable and is kept alive.
 
-        Options as in `load`, but for `n_gpu_layers`: the weights are where they are. Close the manager before the
-        `Llama`. Raises OptionError, ModelError, TemplateError; costs a context, no second load.
+        Options as in `load`, but for `n_gpu_layers`: the weights are where they are. Raises OptionError, ModelError,
+        TemplateError; costs a context, no second load.
+
+        Close the manager before the `Llama`. A `llm.close()` frees the weights at once and waits for nobody: a call of
+        this manager that another thread is in the middle of (a stream's `next`, a `prepare`) then reads freed memory,
+        which may crash the process. So end those first. Calls that begin later, or were waiting for their turn, are a
+        StateError; a stream keeps what was said.
         """
         if "n_gpu_layers" in options:
             raise OptionError("n_gpu_layers was decided when the Llama was loaded; leave it out here")

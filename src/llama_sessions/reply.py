@@ -13,6 +13,8 @@ from .call_reader import ToolCallDelta
 from .session import Session
 from .types import FloatArray, Message
 
+CUT_SHORT = ("cancelled", "timeout")  # stop reasons of a reply that somebody else ended
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -83,6 +85,16 @@ class Reply:
         return "stop" if self.stop_reason in ("stop", "stop_string") else "length"
 
     @property
+    def is_cut_short(self) -> bool:
+        """Whether it was cancelled, or its time was over."""
+        return self.stop_reason in CUT_SHORT
+
+    @property
+    def got_nowhere(self) -> bool:
+        """Whether it was cut short before its first token: then nothing was added to its session."""
+        return self.is_cut_short and not self.tokens
+
+    @property
     def mean_logprob(self) -> float:
         """The mean log-probability of its tokens: to choose between replies. NaN where none were asked for."""
         return float(np.mean([p.logprob for p in self.logprobs])) if self.logprobs else float("nan")
@@ -104,7 +116,10 @@ class Chunk:
 
     `kind`: "content", "thinking" or "tool_call"; of a tool call `tool_call` is what is new, in OpenAI's streaming form.
     A token whose text is of two kinds gives a chunk for each. `token` None: it went with the chunk before, or no token
-    belongs to it (a reply that was cancelled).
+    belongs to it (the end of a reply that was cancelled or timed out: what was held back until then).
+
+    The texts of one kind put together are the reply's, and so are the calls that were not withdrawn; unless the stream
+    was closed, or an error ended it: then the reply may have text that waited for what would follow.
     """
 
     text: str

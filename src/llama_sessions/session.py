@@ -73,7 +73,9 @@ class Session:
     def raw(cls, text: str, namespace: str | None = None) -> Session:
         """A session without a template: the prompt is `text` and whatever is added to it, in order, as it stands.
 
-        Control-token text in what you add is control; a BOS is put before it where the vocabulary wants one.
+        Control-token text in it and in what you add is control, but for assistant messages: there it is text, unless
+        they are `trusted` (`add_assistant(..., trusted=True)`); replies keep the ids they were sampled as. A BOS is put
+        before it all where the vocabulary wants one.
         """
         self = cls("", namespace)
         self._raw = True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import OptionError
 from .manager import ContextManager
-from .messages import check_message, checked_tools
+from .messages import check_message
 from .session import Session
 from .types import Message
 
@@ -25,20 +26,29 @@ class Conversations:
     def __init__(self, cm: ContextManager) -> None:
         self._cm = cm
         self._sessions: list[Session] = []
+        self._given_back: deque[Session] = deque()
         self._lock = threading.Lock()
 
-    def take(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> Session:
-        """A session that says exactly `messages`: the one that shares most of them, if it differs in its last turn at
-        most, else a new one (which shares the cells of what it begins with). A slot is freed for it if need be.
-        """
+    @staticmethod
+    def saying(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> Session:
+        """A new session that says exactly `messages`; OptionError for what nobody can answer."""
         if not isinstance(messages, list | tuple) or not messages:
             raise OptionError(f"messages must be a list of messages, not {messages!r}")
         wanted = [check_message(_flat(m), f"message {i}") for i, m in enumerate(messages)]
-        tools = None if tools is None else [dict(tool) for tool in checked_tools(tools)]
+        session = Session(tools=tools)
         if wanted[-1]["role"] == "assistant":
             raise OptionError("the last message is the assistant's already: there is nothing to answer")
+        session.messages = [dict(m) for m in wanted]
+        return session
+
+    def take(self, asking: Session) -> Session:
+        """A session that says what `asking` says: the one that shares most of its messages, if it differs in its last
+        turn at most, else `asking` itself (which shares the cells of what it begins with). A slot is freed if need be.
+        """
+        wanted, tools = asking.messages, asking.tools
         n_rules = next((i for i, m in enumerate(wanted) if m["role"] != "system"), len(wanted))
         with self._lock:
+            self._collect()
             best, n_best = None, n_rules  # a system text alone is everybody's
             for session in self._sessions:
                 n = _n_same(session.messages, wanted)
@@ -46,20 +56,21 @@ class Conversations:
                     best, n_best = session, n
             if best is None:
                 self._free_a_slot()
-                return self._saying(Session(tools=tools), wanted, 0)
+                return asking
             self._sessions.remove(best)
-        return self._saying(best, wanted, n_best)
+        best.messages[n_best:] = wanted[n_best:]
+        return best
 
     def give_back(self, session: Session) -> None:
-        """The call is over; others may go on from its conversation."""
-        with self._lock:
-            self._sessions.append(session)
-            del self._sessions[:-_MOST]
+        """The call is over; others may go on from its conversation. Never waits: a finaliser may call it, in the middle
+        of a `take` of its own thread."""
+        self._given_back.append(session)
 
-    @staticmethod
-    def _saying(session: Session, wanted: Sequence[Message], n_known: int) -> Session:
-        session.messages[n_known:] = [dict(m) for m in wanted[n_known:]]
-        return session
+    def _collect(self) -> None:
+        """What was given back, latest last. Called under the lock."""
+        while self._given_back:
+            self._sessions.append(self._given_back.popleft())
+        del self._sessions[:-_MOST]
 
     def _free_a_slot(self) -> None:
         if not self._cm.slots.n_free and self._sessions:

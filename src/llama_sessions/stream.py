@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from .errors import Cancelled, StateError
@@ -14,11 +14,37 @@ from .pending import NextToken
 from .reply import Chunk, Reply
 
 
+def reach_first_token(cm: ContextManager, generation: Generation, why_stop: Callable[[], str | None]) -> str | None:
+    """Start a generation and decode its prompt, chunk by chunk, as long as `why_stop` has no reason against it.
+
+    Returns why it ended before a token could be sampled; None: it did not.
+    """
+    n_batch = cm.capabilities.n_batch
+    try:
+        if generation.is_new and why_stop() is None:
+            generation.start()
+        pending = generation.pending
+        while pending is not None and why_stop() is None:
+            cm.ask_progress(pending)
+            work = generation.work(n_batch)
+            if work is not None:
+                cm.step_one(work, holder=generation.holder)
+            if generation.pending is None:
+                cm.ask_progress(pending)
+            pending = generation.pending
+    except Cancelled:
+        return "cancelled"
+    return why_stop()
+
+
 class Stream(Iterator[Chunk]):
     """Iterates over the chunks of one reply. Nothing happens before the first `next`.
 
-    `cancel`, from any thread, ends it with a last chunk that carries the reply. Closing it early (`close`, leaving a
-    `with`, or dropping it) ends the reply with what was said so far.
+    `cancel`, from any thread, ends it with last chunks of what was held back and the reply. Closing it early (`close`,
+    leaving a `with`, or dropping it) ends the reply with what was said so far; what was held back then, in case a stop
+    string or a tag would come of it, is in the reply though no chunk showed it.
+
+    One thread at a time may advance it: whoever comes meanwhile gets a StateError, or, at the same instant, its turn.
     """
 
     _state = "over"  # until __init__ is through: __del__ comes after an interrupted one too
@@ -29,17 +55,18 @@ class Stream(Iterator[Chunk]):
         self._inside = threading.Lock()
         self._ready: deque[Chunk] = deque()
         self._stop = False
+        self._close = False
         self._state = "new"
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Chunk:
-        if self._state == "over":
-            raise StopIteration
         if self._inside.locked():
             raise StateError("the stream is being advanced already, by another thread or from within a hook")
         with self._inside:  # and not acquire and release: an interrupt between them would lock it for ever
+            if self._state == "over":  # asked in here: two threads may have come in at the same instant
+                raise StopIteration
             try:
                 if not self._ready:
                     self._ready.extend(self._advance())
@@ -50,43 +77,25 @@ class Stream(Iterator[Chunk]):
                 finally:
                     self._state = "over"
                 raise
-        if chunk.reply is not None:
-            self._state = "over"
+            if chunk.reply is not None:
+                self._state = "over"
+        if self._close:  # somebody asked for it while this was inside, too late to be seen there
+            self.close()
         return chunk
 
     def _advance(self) -> list[Chunk]:
-        generation = self._generation
-        is_new, self._state = self._state == "new", "running"
-        try:
-            if is_new and not self._stop:
-                generation.start()
-            if generation.pending is not None:
-                self._decode_prompt()
-            why = self._why_stop()
-        except Cancelled:
-            why = "cancelled"
+        generation, cm = self._generation, self._cm
+        self._state = "running"
+        why = self._why_stop() if generation.is_under_way else reach_first_token(cm, generation, self._why_stop)
         if why is not None:
-            return [Chunk("", None, generation.finish(why))]
-        cm, work = self._cm, generation.work(1)
+            return generation.cut_short(why)
+        work = generation.work(1)
         if isinstance(work, NextToken):
             token = cm.step_and_read(work, generation.choose, holder=generation.holder)
         else:
             token = cm.read_logits(generation.session, generation.choose, holder=generation.holder)
         why = self._why_stop()
-        return generation.chunks(token) if why is None else [Chunk("", None, generation.finish(why))]
-
-    def _decode_prompt(self) -> None:
-        """The rest of the prompt, chunk by chunk, as long as nothing says stop."""
-        generation, n_batch = self._generation, self._cm.capabilities.n_batch
-        pending = generation.pending
-        while pending is not None and self._why_stop() is None:
-            self._cm.ask_progress(pending)
-            work = generation.work(n_batch)
-            if work is not None:
-                self._cm.step_one(work, holder=generation.holder)
-            if generation.pending is None:
-                self._cm.ask_progress(pending)
-            pending = generation.pending
+        return generation.chunks(token) if why is None else generation.cut_short(why)
 
     def _why_stop(self) -> str | None:
         return "cancelled" if self._stop else "timeout" if self._generation.is_late else None
@@ -103,12 +112,14 @@ class Stream(Iterator[Chunk]):
     def close(self) -> None:
         """End the reply with what was said so far; again: nothing. While another thread, or a hook, is inside `next`,
         that `next` ends it after the step it is in."""
+        self._close = self._stop = True  # first: whoever is inside asks for it on the way out
         if self._inside.locked():
-            self._stop = True
             return
         with self._inside:
             if self._state == "running":
                 self._generation.fail()
+            elif self._state == "new":
+                self._generation.leave()
             self._state = "over"
 
     def __enter__(self) -> Stream:

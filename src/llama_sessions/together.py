@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
-from .errors import OptionError
+from .errors import Cancelled, OptionError, StateError
 from .generation import Generation
 from .generation_options import GenerationOptions
 from .manager import ContextManager
 from .pending import PromptChunk, Work
 from .reply import Branch
 from .session import Session
+from .stream import reach_first_token
 
 
 class Together:
     """Holds the sessions of its generations, and drives them until all have their reply."""
 
-    def __init__(self, cm: ContextManager, generations: Callable[[object], list[Generation]]) -> None:
-        """`generations`: makes them, given who holds their sessions."""
+    def __init__(self, cm: ContextManager) -> None:
         self._cm = cm
-        self._running = generations(self)
+        self._running: list[Generation] = []
+
+    def add(self, session: Session, options: GenerationOptions, *, seconds_ago: float = 0.0) -> Generation:
+        """Begin a reply to a session as it stands. `seconds_ago`: how long its call has been going on."""
+        generation = Generation(self._cm, session, None, options, holder=self)
+        self._running.append(generation)  # first: whatever happens then, `fail` lets its session go
+        generation.start(seconds_ago)
+        return generation
 
     def run(self) -> None:
-        """Until every reply is there. An error of one ends all of them with what they have said, and is raised."""
-        try:
-            for generation in self._running:
-                generation.start()
-            while self._running:
-                self._step()
-        except BaseException:
-            for generation in self._running:
-                generation.fail()
-            raise
+        """Until every reply is there."""
+        while self._running:
+            self._step()
+
+    def fail(self) -> None:
+        """An error ends all that are under way, with what they have said."""
+        for generation in self._running:
+            generation.fail()
 
     def _step(self) -> None:
         for generation in self._running:
-            if generation.is_late:
-                generation.finish("timeout")
+            why = self._why_stop(generation)
+            if why is not None:
+                generation.finish(why)
         self._running = [g for g in self._running if g.reply is None]
         left = self._cm.capabilities.n_batch
         work: list[Work] = []
@@ -55,42 +61,53 @@ class Together:
                 generation.chunks(self._cm.read_logits(generation.session, generation.choose, holder=self))
         self._running = [g for g in self._running if g.reply is None]
 
+    def _why_stop(self, generation: Generation) -> str | None:
+        if generation.is_late:
+            return "timeout"
+        try:
+            if generation.pending is not None:
+                self._cm.ask_progress(generation.pending)
+        except Cancelled:
+            return "cancelled"
+        return None
+
 
 def branches(
     cm: ContextManager, session: Session, text: str | None, n: int, options: GenerationOptions
 ) -> list[Branch]:
-    """`n` replies to one prompt, each in a fork of the session. On an error the session is as before, without forks."""
-    user = None if text is None else session.add_user(text)
+    """`n` replies to one prompt, each in a fork of the session. On an error the session is as before, without forks;
+    and so it is where all of them got nowhere, but for replies that say why."""
+    lead = Generation(cm, session, text, options)  # it asks, and holds the session; the forks answer
+    together = Together(cm)
     forks: list[Session] = []
-    was_pinned = cm.is_pinned(session)
     try:
-        cm.pin(session)  # or one would be parked to make room for the next
-        cm.prepare(session)
-        for _ in range(n):
-            forks.append(cm.fork(session))
-            cm.pin(forks[-1])
-        seeds = [options.seed if options.seed is None else (options.seed + i) % (2**32 - 1) for i in range(n)]
-        made: list[Generation] = []
-
-        def generations(holder: object) -> list[Generation]:
-            made.extend(
-                Generation(cm, fork, None, replace(options, seed=seed), holder=holder)
-                for fork, seed in zip(forks, seeds, strict=True)
-            )
-            return list(made)
-
-        Together(cm, generations).run()
-        replies = [generation.reply for generation in made]
+        why = reach_first_token(cm, lead, lambda: "timeout" if lead.is_late else None)
+        if why is None:
+            made = []
+            for i in range(n):
+                forks.append(cm.fork(session))
+                seed = None if options.seed is None else (options.seed + i) % (2**32 - 1)
+                made.append(together.add(forks[-1], replace(options, seed=seed), seconds_ago=lead.seconds))
+            together.run()
+            replies = [generation.reply for generation in made if generation.reply is not None]
+            if not all(reply.got_nowhere for reply in replies):
+                lead.leave()
+                return [Branch(fork, reply) for fork, reply in zip(forks, replies, strict=True)]
+            why = replies[0].stop_reason
+            _drop(cm, forks)
+        nothing = lead.finish(why)
     except BaseException:
-        for fork in forks:
-            cm.release(fork)
-        if user is not None and session.messages and session.messages[-1] is user:
-            session.messages.pop()
+        lead.fail()
+        together.fail()
+        _drop(cm, forks)
         raise
-    finally:
-        for pinned in forks if was_pinned else [session, *forks]:
-            cm.pin(pinned, False)
-    return [Branch(fork, reply) for fork, reply in zip(forks, replies, strict=True) if reply is not None]
+    return [Branch(session.copy(), nothing) for _ in range(n)]
+
+
+def _drop(cm: ContextManager, forks: list[Session]) -> None:
+    for fork in forks:
+        with suppress(StateError):  # the manager may be closed
+            cm.release(fork)
 
 
 def check_branching(options: GenerationOptions) -> None:

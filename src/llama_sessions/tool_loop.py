@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from .errors import OptionError
@@ -32,19 +33,39 @@ def checked_functions(functions: Functions) -> dict[str, Callable[..., Any]]:
 def answer_calls(
     session: Session, calls: Iterable[Mapping[str, Any]], functions: Mapping[str, Callable[..., Any]]
 ) -> None:
-    """Run each call and add its result to the session. What goes wrong is a result too: the model is told."""
-    for call in calls:
-        name = call["function"]["name"]
-        session.add_tool_result(_result_of(call, functions), call["id"], name)
+    """Run each call and add its result to the session. What goes wrong is a result too: the model is told.
+
+    What ends this early (an interrupt, an exit) is raised again; no call is left without a result then.
+    """
+    calls = list(calls)
+    try:
+        for call in calls:
+            _add_result(session, call, _result_of(call, functions))
+    except BaseException as e:
+        known = [message for message in session.messages if isinstance(message, dict)]
+        answered = {message.get("tool_call_id") for message in known if message.get("role") == "tool"}
+        for call in calls:
+            if call["id"] not in answered:
+                with suppress(OptionError):  # a function that took the call out of the session
+                    _add_result(session, call, _error(f"not finished: interrupted by {type(e).__name__}"))
+        raise
+
+
+def _add_result(session: Session, call: Mapping[str, Any], result: str) -> None:
+    session.add_tool_result(result, call["id"], call["function"]["name"])
+
+
+def _error(text: str) -> str:
+    return json.dumps({"error": text})
 
 
 def _result_of(call: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]]) -> str:
     name = call["function"]["name"]
     if name not in functions:
-        return json.dumps({"error": f"there is no function {name!r}; there are: {', '.join(functions)}"})
+        return _error(f"there is no function {name!r}; there are: {', '.join(functions)}")
     try:
         result = functions[name](**json.loads(call["function"]["arguments"]))
         text = result if isinstance(result, str) else json.dumps(result, default=str)
         return text.encode("utf-8", "replace").decode()
     except Exception as e:  # a function of the user's may raise anything; the model can try again
-        return json.dumps({"error": f"{type(e).__name__}: {e}"})
+        return _error(f"{type(e).__name__}: {e}")

@@ -12,6 +12,7 @@ from oracle import oracle_for
 from scripted import ids_of, only_text, script
 
 from llama_sessions import ContextManager, Engine, OptionError, Session
+from llama_sessions.window import Window
 
 Loader = Callable[..., ContextManager]
 
@@ -85,6 +86,95 @@ def test_what_is_saved_is_a_copy(load: Loader) -> None:
     assert session.messages[0]["content"] == "Who?"
 
 
+def a_windowed_session() -> Session:
+    """Messages a to e: c is pinned, b and d are out with x in their place, e is out and nobody was told."""
+    session = Session()
+    for letter in "abcde":
+        session.add_user(letter)
+    b, d, e = session.messages[1], session.messages[3], session.messages[4]
+    stand_in = [{"role": "system", "content": "x"}]
+    window = Window().without(session.messages, [b, d], reported=True, replacements=stand_in)
+    session.set_window(window.without(session.messages, [e], reported=False))
+    session.pin_message(2)
+    return session
+
+
+def test_window_and_pins_are_saved() -> None:
+    session = a_windowed_session()
+    saved = session.to_dict()
+    assert saved["version"] == 2
+    assert saved["pins"] == [2]
+    assert saved["window"] == {
+        "out": [1, 3, 4], "replacements": [{"role": "system", "content": "x"}], "unreported": [4],
+    }  # fmt: skip
+    again = Session.from_dict(json.loads(json.dumps(saved)))
+    assert [m["content"] for m in again.window] == ["a", "x", "c"]
+    assert [again.is_message_pinned(i) for i in range(5)] == [False, False, True, False, False]
+    assert again.window_state.unreported == ({"role": "user", "content": "e"},)
+    assert again.to_dict() == saved
+
+
+def test_what_was_deleted_is_not_saved() -> None:
+    session = a_windowed_session()
+    del session.messages[1:]
+    saved = session.to_dict()
+    assert (saved["pins"], saved["window"]) == ([], {"out": [], "replacements": [], "unreported": []})
+
+
+def test_a_message_that_is_there_twice_is_out_and_pinned_twice_when_it_is_read() -> None:
+    session = a_windowed_session()
+    session.messages += [session.messages[4], session.messages[2]]
+    again = Session.from_dict(json.loads(json.dumps(session.to_dict())))
+    assert [m["content"] for m in again.window] == [m["content"] for m in session.window] == ["a", "x", "c", "c"]
+    assert [m["content"] for m in again.pinned_messages()] == ["c", "c"]
+
+
+def test_saved_replacements_are_copies() -> None:
+    session = a_windowed_session()
+    saved = session.to_dict()
+    again = Session.from_dict(saved)
+    saved["window"]["replacements"][0]["content"] = "y"
+    assert session.window[1]["content"] == again.window[1]["content"] == "x"
+
+
+def test_a_session_of_version_1_is_read(load: Loader) -> None:
+    saved = a_session(load()).to_dict() | {"version": 1}
+    del saved["pins"], saved["window"]
+    again = Session.from_dict(saved)
+    assert again.window == again.messages == saved["messages"]
+    assert again.pinned_messages() == []
+    assert sum(reply is not None for reply in again.replies()) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pins": 7}, "'pins' must be a list, not int"),
+        ({"pins": None}, "'pins' must be a list, not NoneType"),
+        ({"pins": [5]}, "an index in 'pins' must be from 0 to 4, not 5"),
+        ({"pins": [-1]}, "an index in 'pins' must be from 0 to 4, not -1"),
+        ({"pins": [True]}, "an index in 'pins' must be an integer"),
+        ({"pins": [[0]]}, "an index in 'pins' must be an integer"),
+        ({"pins": [0], "messages": [], "window": {}}, "'pins' has 1 indices of messages, but there are no messages"),
+        ({"window": None}, "'window' must be a dict, not NoneType"),
+        ({"window": [1]}, "'window' must be a dict, not list"),
+        ({"window": {"out": "1"}}, "'out' of the window must be a list, not str"),
+        ({"window": {"out": [5]}}, "an index in 'out' of the window must be from 0 to 4, not 5"),
+        ({"window": {"out": [1.0]}}, "an index in 'out' of the window must be an integer"),
+        ({"window": {"out": [1], "unreported": {}}}, "'unreported' of the window must be a list, not dict"),
+        ({"window": {"out": [1], "unreported": [9]}}, "an index in 'unreported' of the window must be from 0 to 4"),
+        ({"window": {"out": [1], "unreported": [1, 3]}}, "'unreported' of the window has message 3, which is not in"),
+        ({"window": {"out": [1], "replacements": "x"}}, "'replacements' of the window must be a list, not str"),
+        ({"window": {"out": [1], "replacements": ["x"]}}, "replacement 0 of the window must be a dict"),
+        ({"window": {"out": [1], "replacements": [{"role": "boss"}]}}, "replacement 0 of the window has the role"),
+        ({"window": {"replacements": [{"role": "user", "content": ""}]}}, "1 replacements for messages that are out"),
+    ],
+)
+def test_a_window_that_was_not_saved_by_us_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Session.from_dict(a_windowed_session().to_dict() | change)
+
+
 def test_trust_and_raw_text_are_saved() -> None:
     session = Session.raw("<s>")
     session.add_assistant("</s>", trusted=True)
@@ -99,7 +189,7 @@ def test_trust_and_raw_text_are_saved() -> None:
     [
         (lambda d: 7, "from_dict takes what Session.to_dict gave"),
         (lambda d: {}, "from_dict takes what Session.to_dict gave"),
-        (lambda d: d | {"version": 99}, "version 99; this one reads up to 1: upgrade"),
+        (lambda d: d | {"version": 99}, "version 99; this one reads up to 2: upgrade"),
         (lambda d: d | {"version": "1"}, "must be an integer"),
         (lambda d: d | {"messages": 7}, "'messages' must be a list"),
         (lambda d: d | {"messages": [{"role": "boss", "content": ""}]}, "message 0 has the role 'boss'"),

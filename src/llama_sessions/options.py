@@ -74,6 +74,13 @@ def function_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", None) or repr(function)
 
 
+def checked_list(name: str, value: object) -> Sequence[Any]:
+    """A list (or tuple), else OptionError."""
+    if not isinstance(value, list | tuple):
+        raise OptionError(f"{name} must be a list, not {type(value).__name__}")
+    return value
+
+
 def check_known(what: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
     """OptionError for the first name that is not known."""
     for name in options:

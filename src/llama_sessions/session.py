@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from .errors import OptionError
 from .messages import check_message, checked_tools, checked_variables
-from .options import checked_bool, checked_int, checked_text
+from .options import checked_bool, checked_int, checked_list, checked_text
 from .report import PrepareReport
 from .types import Message
+from .window import Window, among, checked_places, places
 
-_VERSION = 1  # of what `to_dict` writes
+_VERSION = 2  # of what `to_dict` writes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +49,9 @@ class Session:
     different namespaces never share any, but for the manager's own system prompt. `tools` and `template_kwargs` go
     to the chat template as they are.
 
+    Where they grow too long for the context, some go out of the `window`, which is what the model sees; the list stays
+    whole. Pins and what is out follow the dicts themselves: a copy of one is a new message.
+
     `n_past` (tokens in the row) and `last_prepare` (a `PrepareReport`) are set by the manager.
     """
 
@@ -68,6 +73,8 @@ class Session:
         self._replies: list[SpokenReply] = []
         self._appended: list[int] = []
         self._appended_by = ""
+        self._window = Window()
+        self._pinned: tuple[Message, ...] = ()
 
     @classmethod
     def raw(cls, text: str, namespace: str | None = None) -> Session:
@@ -190,16 +197,71 @@ class Session:
         """Called by the manager: the row was prepared anew, without what had been appended to it."""
         self._appended.clear()
 
+    @property
+    def window(self) -> list[Message]:
+        """What the model sees: the messages that were not evicted, and what `on_evict` put in place of the others.
+
+        A new list of the very dicts.
+        """
+        return self._window.seen(self.messages)
+
+    @property
+    def window_state(self) -> Window:
+        """Which messages are out of the window, and what stands for them."""
+        return self._window
+
+    def set_window(self, window: Window) -> None:
+        """Called by the manager: what the model sees from now on."""
+        self._window = window
+
+    def reset_window(self) -> None:
+        """Let the model see all messages again; what `on_evict` put in place of some is gone."""
+        self._window = Window()
+
+    def pin_message(self, index: int, on: bool = True) -> None:
+        """Let a message stay whole in the window, whatever is evicted; `on=False` undoes it. One that is out already
+        does not come back by it: `reset_window` brings it.
+
+        The pin goes with the dict: not with the index, nor with a copy. OptionError for an index that is not there.
+        """
+        message = self._message_at(index)
+        others = [m for m in self.pinned_messages() if m is not message]
+        self._pinned = (*others, message) if checked_bool("on", on) else tuple(others)
+
+    def is_message_pinned(self, index: int) -> bool:
+        message = self._message_at(index)
+        return any(m is message for m in self._pinned)
+
+    def pinned_messages(self) -> list[Message]:
+        """The messages of the list that are pinned, in its order: the very dicts."""
+        return list(among(self.messages, self._pinned))
+
+    def _message_at(self, index: int) -> Message:
+        n = len(self.messages)
+        if not n:
+            raise OptionError(f"there is no message {index!r}: the session has 0 messages; add one first")
+        return self.messages[checked_int("the index of a message", index, -n, n - 1)]
+
     def copy(self) -> Session:
-        """The same conversation in a session of its own: messages are copied deeply, reply ids come along."""
+        """The same conversation in a session of its own: messages are copied deeply; reply ids, pins and the window
+        come along."""
+        return self.copy_with_map()[0]
+
+    def copy_with_map(self) -> tuple[Session, dict[int, Message]]:
+        """A copy, and the copied dict of each message and replacement by the `id` of the original."""
         tools, variables = copy.deepcopy((self.tools, self.template_kwargs))
         twin = Session(self.system, self.namespace, tools, variables)
         twin._raw = self._raw
-        twins: dict[int, Any] = {}
-        twin.messages = copy.deepcopy(self.messages, twins)
+        window, pinned = self._window, self._pinned
+        originals = list(self.messages), window.replacements
+        copies = copy.deepcopy(originals)  # in one go: what stands in both is one dict in the copy, too
+        twins = {id(m): copied for m, copied in zip(chain(*originals), chain(*copies), strict=True)}
+        twin.messages = copies[0]
         twin._replies = [replace(r, message=twins.get(id(r.message), r.message)) for r in self._replies]
         twin._appended, twin._appended_by = list(self._appended), self._appended_by
-        return twin
+        twin._window = window.copied(twins)
+        twin._pinned = among(twin.messages, [twins[id(m)] for m in pinned if id(m) in twins])
+        return twin, twins
 
     def to_dict(self) -> dict[str, Any]:
         """What was said, as JSON-able data: after a restart `from_dict` and the next `prepare` bring it all back.
@@ -226,6 +288,8 @@ class Session:
                 for r in self._replies
                 if id(r.message) in at and _said_of(r.message) == r.said
             ],
+            "pins": places(self.messages, self._pinned),
+            "window": self._window.to_dict(self.messages),
         }
 
     @classmethod
@@ -239,14 +303,12 @@ class Session:
         data = copy.deepcopy(dict(data))
         self = cls(data.get("system"), data.get("namespace"), data.get("tools"), data.get("template_kwargs"))
         self._raw = checked_bool("raw", data.get("raw", False))
-        if not isinstance(data["messages"], list):
-            raise OptionError(f"'messages' must be a list, not {type(data['messages']).__name__}")
-        self.messages = [check_message(m, f"message {i}") for i, m in enumerate(data["messages"])]
-        replies = data.get("replies", [])
-        if not isinstance(replies, list | tuple):
-            raise OptionError(f"'replies' must be a list, not {type(replies).__name__}")
-        for i, reply in enumerate(replies):
+        messages = checked_list("'messages'", data["messages"])
+        self.messages = [check_message(m, f"message {i}") for i, m in enumerate(messages)]
+        for i, reply in enumerate(checked_list("'replies'", data.get("replies", []))):
             self._replies.append(_checked_reply(reply, self.messages, f"reply {i}"))
+        self._pinned = checked_places("'pins'", data.get("pins", []), self.messages)
+        self._window = Window.from_dict(data.get("window", {}), self.messages)
         return self
 
 
@@ -282,7 +344,5 @@ def _checked_reply(data: object, messages: Sequence[Message], where: str) -> Spo
 
 
 def _checked_ids(data: Mapping[str, Any], name: str, where: str) -> tuple[int, ...]:
-    ids = data.get(name, ())
-    if not isinstance(ids, list | tuple):
-        raise OptionError(f"{name!r} of {where} must be a list of token ids, not {ids!r}")
+    ids = checked_list(f"{name!r} of {where}", data.get(name, ()))
     return tuple(checked_int(f"an id of {where}", token, 0, 2**31 - 1) for token in ids)

@@ -43,6 +43,7 @@ class _Inside:
         entry = self.entry
         entry.owner = threading.get_ident()
         try:
+            log.capture.quiet = entry.quiet
             if entry.closed or entry.is_gone:  # since this call began to wait
                 entry.check()
             if self.before is not None:
@@ -81,11 +82,10 @@ class Entry:
         self._closing = closing
         self.owner: int | None = None  # the thread inside; only a hint once an interrupt has hit the way out
         self._close_when_left = False
-        self._before = before
-        self._quiet = quiet
+        self.quiet = quiet
         self._lock = threading.Lock()
-        self.change = _Inside(self, self._begin, after)
-        self.use = _Inside(self, self._begin)
+        self.change = _Inside(self, before, after)
+        self.use = _Inside(self, before)
         self._looking = _Inside(self)
         self._pid = _process.pid
         self._readers: set[int] = set()
@@ -128,7 +128,7 @@ class Entry:
         `entry.change` publishes what happened at its end, `entry.use` does not. Two steps, as only a lock's own
         `with` cannot be hit by an interrupt between taking it and knowing so.
         """
-        if self._readers or self.closed or self.in_child or self._is_gone is not None:
+        if self._readers or self.closed or _process.pid != self._pid or self._is_gone is not None:
             self.check_may_change()
         if self._is_inside():
             raise StateError("the manager is in the middle of a call of this thread (a signal handler?); call it later")
@@ -175,10 +175,6 @@ class Entry:
     def _close_now(self) -> None:
         self.closed = True
         self._closing()
-
-    def _begin(self) -> None:
-        log.capture.quiet = self._quiet
-        self._before()
 
     def leave(self) -> None:
         """Called with the lock still held."""

@@ -233,7 +233,8 @@ class Generation:
 
     def _as_chunks(self, token: int | None, parts: list[Part], reply: Reply | None = None) -> list[Chunk]:
         """A chunk for each part; the first has the token, the last the reply."""
-        parts = of_one_kind(parts) or [Part("thinking" if self._speech.is_thinking else "content", "")]
+        if len(parts) != 1:
+            parts = of_one_kind(parts) or [Part("thinking" if self._speech.is_thinking else "content", "")]
         has_logprob = token is not None and self._logprobs
         chunks = []
         for i, part in enumerate(parts):

@@ -283,7 +283,7 @@ class ContextManager:
             work = self._stepper.checked(work)
             if not len(self._parking):
                 return self._stepper.step(work, holder)
-            sessions = [item.session if isinstance(item, NextToken) else item.pending.session for item in work]
+            sessions = [item.session for item in work]
             errors: dict[Session, StepResult] = {}
             for item in work:
                 if isinstance(item, NextToken):
@@ -309,10 +309,7 @@ class ContextManager:
         try:
             pending = self._preparer.resume(session, parked, holder, wants_logits=wants_logits, but=but)
             while not pending.done:
-                chunk = PromptChunk(pending, self._store.caps.n_batch)
-                (result,) = self._stepper.step(self._stepper.checked((chunk,)), holder).results.values()
-                if result.error is not None:
-                    raise result.error
+                self._stepper.step_one(PromptChunk(pending, self._store.caps.n_batch), holder)
             pending.seat.n_prompt = parked.n_prompt
             self._parking.forget(session)
         finally:
@@ -328,10 +325,7 @@ class ContextManager:
     def step_and_read(self, item: NextToken, read: Callable[[FloatArray], T], *, holder: object | None = None) -> T:
         """`step_one` and then `read_logits`, as one call: half the way through the door, once a token."""
         with self._entry.gate(), self._entry.change:
-            (result,) = self._stepper.step(self._stepper.checked((item,)), holder).results.values()
-            if result.error is not None:
-                raise result.error
-            return self._read(item.session, read, holder)
+            return read(self._store.logits(self._stepper.step_one(item, holder)))
 
     def append(self, session: Session, token: int) -> None:
         """Decode one token at `n_past`. No room: ContextOverflow (own length) or CapacityError (cells); row unchanged.
@@ -495,7 +489,7 @@ class ContextManager:
     # -- looking at it
 
     def stats(self) -> Stats:
-        """Counters as of the last finished call. Never waits for a decode."""
+        """Counters; what a call under way does is counted at its end. Never waits for a decode."""
         self._entry.check()
         return self._overview.published
 

@@ -35,13 +35,12 @@ class Overview:
         self.publish()
 
     def publish(self) -> None:
-        """Take stock now, after a change, under the manager's lock: numbers only, made readable when asked."""
+        """Take stock now, after a change, under the manager's lock: numbers only, made readable when asked.
+
+        Only of what a decode changes, or what cannot be counted while one is under way."""
         store = self.store
         self._counts = (
-            self.slots.n_free,
             self.prefix.n_tokens,
-            len(self.seats),
-            len(self.parking),
             store.n_used_cells(),
             store.n_unique_cells(),
             store.sequences.n_operations,
@@ -56,30 +55,18 @@ class Overview:
     @property
     def published(self) -> Stats:
         """The last stock taken; never waits."""
-        (
-            n_free,
-            n_prefix,
-            n_sessions,
-            n_parked,
-            n_used,
-            n_unique,
-            n_operations,
-            n_decodes,
-            n_decoded,
-            n_reused,
-            *seconds,
-        ) = self._counts
+        n_prefix, n_used, n_unique, n_operations, n_decodes, n_decoded, n_reused, *seconds = self._counts
         options = self.options
         return Stats(
             slots_total=self.slots.capacity,
-            slots_free=int(n_free),
+            slots_free=self.slots.n_free,
             prefix_tokens=int(n_prefix),
             prefix_cached=n_prefix > 0,
             n_sink=options.n_sink,
             eviction=options.eviction if isinstance(options.eviction, str) else "custom",
             radix=self.snapshots.stats,
-            n_sessions=int(n_sessions),
-            n_parked=int(n_parked),
+            n_sessions=len(self.seats),
+            n_parked=len(self.parking),
             n_cells_total=self.store.caps.n_cells,
             n_cells_used=int(n_used),
             n_cells_unique=int(n_unique),

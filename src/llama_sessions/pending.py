@@ -80,6 +80,10 @@ class PromptChunk:
     pending: Pending
     n_tokens: int
 
+    @property
+    def session(self) -> Session:
+        return self.pending.session
+
 
 @dataclass(frozen=True, slots=True)
 class NextToken:

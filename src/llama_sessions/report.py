@@ -97,7 +97,7 @@ class RadixStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The manager's counters; a snapshot as of the last finished step.
+    """The manager's counters: of slots, sessions and the cache as they are now, the rest as of the last finished call.
 
     Slots count sessions only; `n_sessions` have one, `n_parked` gave theirs up. `n_cells_used` sums the tokens of all
     rows, `n_cells_unique` counts a shared cell once; `n_cells_total` None: each row has cells of its own (or needs

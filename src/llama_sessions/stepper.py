@@ -9,25 +9,25 @@ from functools import partial
 
 from .errors import CapacityError, DecodeError, LlamaSessionsError, OptionError, StateError
 from .kv.plan import Plan
+from .kv.row import Row
 from .kv.store import Feed, RowStore, no_cells, no_room
 from .options import checked_int
 from .parking import Parking
 from .pending import NextToken, Pending, PromptChunk, Work
 from .planner import check_length
 from .report import StepReport, StepResult
-from .seats import Seats
+from .seats import Seat, Seats
 from .session import Session
 
 _ONE_TOKEN = StepResult(1, True)
 
 
 @dataclass(slots=True)
-class _Task:
-    """A piece of work that goes into the batch."""
+class _Task(Feed):
+    """A piece of work that goes into the batch, and whose it is."""
 
     work: Work
-    session: Session
-    feed: Feed
+    seat: Seat
 
 
 class Stepper:
@@ -40,29 +40,40 @@ class Stepper:
 
     def step(self, work: tuple[Work, ...], holder: object | None) -> StepReport:
         """One decode of checked work (maybe none). Where cells are short, idle sessions not in it are parked."""
-        store = self._store
         results: dict[Session, StepResult] = {}
         tasks: list[_Task] = []
-        n_tokens = 0
-        sessions = [item.pending.session if isinstance(item, PromptChunk) else item.session for item in work]
-        for item, session in zip(work, sessions, strict=True):
+        for item in work:
             try:
-                feed = self._feed(item, session, holder)
+                task = self._task(item, holder)
             except LlamaSessionsError as e:
-                results[session] = StepResult(0, False, e)
+                results[item.session] = StepResult(0, False, e)
                 continue
-            tasks.append(_Task(item, session, feed))
-            n_tokens += len(feed.tokens)
+            tasks.append(task)
+        seconds = self._run(tasks, [item.session for item in work], results)
+        return StepReport(results, sum([r.n_decoded for r in results.values()]), seconds)
+
+    def step_one(self, item: Work, holder: object | None) -> Row:
+        """The same with one piece of work; raises its error. Returns the row that it went into."""
+        task, session = self._task(item, holder), item.session
+        results: dict[Session, StepResult] = {}
+        self._run([task], [session], results)
+        error = results[session].error
+        if error is not None:
+            raise error
+        return task.row
+
+    def _run(self, tasks: list[_Task], sessions: list[Session], results: dict[Session, StepResult]) -> float:
+        """Decode what there are cells for, without parking any of `sessions`; fills in `results`. The seconds of it."""
+        store = self._store
         free = store.n_free_cells()
-        if free is not None and n_tokens > free:
+        if free is not None and sum([len(task.tokens) for task in tasks]) > free:
             tasks = self._with_cells(tasks, sessions, results)
         started = time.perf_counter()
-        park_one = partial(self._parking.park_one, sessions)
-        code = store.decode([task.feed for task in tasks], park_one) if tasks else 0
+        code = store.decode(tasks, partial(self._parking.park_one, sessions)) if tasks else 0
         seconds = time.perf_counter() - started
         for task in tasks:
-            results[task.session] = self._settle(task, code, seconds)
-        return StepReport(results, sum([r.n_decoded for r in results.values()]), seconds)
+            results[task.work.session] = self._settle(task, code, seconds)
+        return seconds
 
     def _with_cells(
         self, tasks: list[_Task], sessions: list[Session], results: dict[Session, StepResult]
@@ -71,14 +82,14 @@ class Stepper:
         admitted: list[_Task] = []
         n_admitted = 0
         for task in tasks:
-            n = len(task.feed.tokens)
+            n = len(task.tokens)
             try:
                 self._parking.make_way(Plan(n_admitted + n, 0), but=sessions)
                 n_admitted += n
                 admitted.append(task)
             except CapacityError as e:
                 error = no_cells(n, e.available - n_admitted, self._store.caps)
-                results[task.session] = StepResult(0, False, error)
+                results[task.work.session] = StepResult(0, False, error)
         return admitted
 
     def checked(self, work: Iterable[Work]) -> tuple[Work, ...]:
@@ -93,7 +104,7 @@ class Stepper:
         for item in work:
             if isinstance(item, PromptChunk) and isinstance(item.pending, Pending):
                 n_tokens += min(checked_int("n_tokens", item.n_tokens, 1), item.pending.n_left)
-                sessions.add(item.pending.session)
+                sessions.add(item.session)
             elif isinstance(item, NextToken) and isinstance(item.session, Session):
                 checked_int("token", item.token, 0, self._store.caps.n_vocab - 1)
                 n_tokens += 1
@@ -106,8 +117,9 @@ class Stepper:
             raise OptionError(f"{n_tokens} tokens are more than n_batch={self._store.caps.n_batch} takes in one step")
         return work
 
-    def _feed(self, item: Work, session: Session, holder: object | None) -> Feed:
+    def _task(self, item: Work, holder: object | None) -> _Task:
         """The tokens that go in for one session; raises what keeps them out."""
+        session = item.session
         seat = self._seats.get(session, holder)
         if seat is None:
             raise StateError("the session has no row; call prepare first")
@@ -121,23 +133,22 @@ class Stepper:
             tokens = pending.tokens[row.n : row.n + item.n_tokens]
             if not len(tokens):
                 raise StateError("this Pending is done; nothing is left to decode")
-            return Feed(row, tokens, wants_logits=pending.wants_logits and len(tokens) == pending.n_left)
+            return _Task(row, tokens, pending.wants_logits and len(tokens) == pending.n_left, item, seat)
         if not row.n:
             raise StateError("nothing is prepared; call prepare first")
         if row.n < seat.n_prompt:
             raise StateError(f"only {row.n} of the prompt's {seat.n_prompt} tokens are decoded; call prepare first")
         check_length(self._store, row.n + 1, "one token more")
-        return Feed(row, (item.token,), wants_logits=True)
+        return _Task(row, (item.token,), True, item, seat)
 
     def _settle(self, task: _Task, code: int, seconds: float) -> StepResult:
         """Book what a decode did for one session."""
-        session, feed, item = task.session, task.feed, task.work
-        session.n_past = feed.row.n
-        seat = self._seats.get(session, reading=True)
-        if seat is not None:
-            seat.last_used = time.monotonic()  # a decode may take longer than a session may be idle
+        item = task.work
+        session = item.session
+        session.n_past = task.row.n
+        task.seat.last_used = time.monotonic()  # a decode may take longer than a session may be idle
         if code == 1:
-            return StepResult(0, False, no_room(len(feed.tokens), self._store.n_free_cells(), self._store.caps))
+            return StepResult(0, False, no_room(len(task.tokens), self._store.n_free_cells(), self._store.caps))
         if code != 0:
             message = "the row keeps what was decoded; prepare again"
             return StepResult(0, False, DecodeError("llama_decode", code, message, self._store.context.last_error))
@@ -147,4 +158,4 @@ class Stepper:
         item.pending.decode_seconds += seconds
         if item.pending.done:
             session.last_prepare = item.pending.report()
-        return StepResult(len(feed.tokens), item.pending.done)
+        return StepResult(len(task.tokens), item.pending.done)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol, TypeAlias
 
@@ -33,8 +33,8 @@ class Capabilities:
 
     `n_ctx`: KV cells in all (one sequence's, times the streams, where not unified); `n_ctx_seq`: tokens one session
     can hold; `n_swa`: window in tokens, 0 without one; `n_cells`: cells that all rows share (None: each row has its
-    own); `kv_bytes_per_token`: bytes of K and V one token takes, 0 where that is not proportional; `fingerprint`: tells
-    this model and its vocabulary from others.
+    own); `n_row_max`: most tokens a row can hold (None: nothing stops it); `kv_bytes_per_token`: bytes of K and V one
+    token takes, 0 where that is not proportional; `fingerprint`: tells this model and its vocabulary from others.
     """
 
     kind: MemoryKind
@@ -53,20 +53,18 @@ class Capabilities:
     kv_bytes_per_token: int
     model: str
     fingerprint: str
+    n_cells: int | None = field(init=False)
+    n_row_max: int | None = field(init=False)
 
-    @property
-    def n_cells(self) -> int | None:
-        return self.n_ctx if self.unified and self.kind is not MemoryKind.RECURRENT else None
+    def __post_init__(self) -> None:
+        grows_for_ever = self.kind is MemoryKind.RECURRENT
+        object.__setattr__(self, "n_cells", self.n_ctx if self.unified and not grows_for_ever else None)
+        object.__setattr__(self, "n_row_max", None if grows_for_ever else self.n_ctx_seq)
 
     @property
     def keeps_state(self) -> bool:
         """Whether part of the memory is a state that cannot go back."""
         return self.kind in (MemoryKind.RECURRENT, MemoryKind.HYBRID)
-
-    @property
-    def n_row_max(self) -> int | None:
-        """Most tokens a row can hold; None where nothing stops it."""
-        return None if self.kind is MemoryKind.RECURRENT else self.n_ctx_seq
 
 
 class Memory(Protocol):

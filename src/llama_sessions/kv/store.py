@@ -256,11 +256,11 @@ class RowStore:
             if isinstance(row.logits, int) and (row.seq_id not in fed or self.caps.kind is not MemoryKind.FULL):
                 row.logits = self.context.logits(row.logits).copy()
         self._in_buffer = []
-        runs = []
+        runs, before = [], []
         n_total = 0
-        before = [feed.row.logits for feed in feeds]
         for feed in feeds:
             row, n = feed.row, len(feed.tokens)
+            before.append(row.logits)
             row.logits = None
             row.suspect = row.n
             if isinstance(feed.tokens, tuple):

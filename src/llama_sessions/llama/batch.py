@@ -58,3 +58,7 @@ class Batch:
             at += n
         self.native.n_tokens = at
         return at
+
+    def wants_logits(self, index: int) -> bool:
+        """Whether token `index` was put in with a wish for its logits."""
+        return bool(self._one[3][index])

@@ -186,7 +186,9 @@ class LlamaContext:
         n_batch tokens, ids out of range.
         """
         caps = self.capabilities
-        n = sum(len(run.tokens) for run in runs)
+        n = 0
+        for run in runs:
+            n += len(run.tokens)
         if not 0 < n <= caps.n_batch:
             raise OptionError(f"a batch must have 1 to {caps.n_batch} tokens (n_batch), not {n}")
         for run in runs:
@@ -209,12 +211,11 @@ class LlamaContext:
         """(n_vocab,) float32 view of the logits of batch token `index`; valid until the next decode."""
         if not 0 <= index < self._n_decoded:
             raise StateError(f"no logits at batch index {index}: the last decode had {self._n_decoded} tokens")
-        with log.capture:
-            pointer = llama_cpp.llama_get_logits_ith(self.handle, index)
-        if not pointer:
+        if not self._batch.wants_logits(index):
             raise StateError(f"no logits were asked for at batch index {index}")
+        # Such an index is never refused, so there is no log line to catch.
+        address = ctypes.addressof(llama_cpp.llama_get_logits_ith(self.handle, index).contents)
         # Nearly always the same few places; np.ctypeslib.as_array would make a new array once a token.
-        address = ctypes.addressof(pointer.contents)
         view = self._views.get(address)
         if view is None:
             if len(self._views) >= _N_VIEWS:

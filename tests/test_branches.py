@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from models import model_path
 from oracle import oracle_for
-from scripted import only_text, reply_of, script, scripted
+from scripted import ids_of, only_text, reply_of, script, scripted
 from test_reasoning import CALL
 
 from llama_sessions import PRESETS, ContextManager, Engine, NoFreeSlot, OptionError, Session, StateError
@@ -55,6 +55,18 @@ def test_a_seed_gives_each_of_several_replies_what_it_gives_alone(load: Loader) 
         cm.release(alone)
         assert reply.tokens[0] == branch.reply.tokens[0]  # the second has float noise: three rows in a batch, or one
     assert len({branch.reply.tokens[0] for branch in branches}) > 1
+
+
+def test_several_replies_go_on_with_no_message(load: Loader) -> None:
+    cm = load()
+    session = Session()
+    session.add_user("Who?")
+    session.add_assistant("It is")
+    n_free = cm.slots.n_free
+    with pytest.raises(OptionError, match="several replies begin a message each"):
+        Engine(cm).replies(session, n=2, continue_last=True, max_tokens=2)
+    assert [m["content"] for m in session.messages] == ["Who?", "It is"]
+    assert cm.slots.n_free == n_free
 
 
 def test_several_replies_without_slots_leave_everything_as_it_was(load: Loader) -> None:
@@ -488,6 +500,17 @@ def test_log_probabilities_are_the_models_own(load: Loader) -> None:
     assert [c.logprob for c in chunks if c.token is not None][: len(reply.tokens)] == list(reply.logprobs)
 
 
+def test_the_end_of_a_reply_has_a_log_probability_of_its_own_and_the_reply_none_for_it(load: Loader) -> None:
+    cm = load()
+    chunks = list(scripted(Engine(cm), Session(), "Who?", "It is", by_byte=True, logprobs=1))
+    reply = chunks[-1].reply
+    assert reply is not None
+    assert reply.stop_reason == "stop"
+    assert [p.token for p in reply.logprobs] == list(reply.tokens) == ids_of(cm, "It is", by_byte=True)
+    assert chunks[-1].logprob is not None
+    assert (chunks[-1].token, chunks[-1].logprob.token) == (cm.vocab.eos, cm.vocab.eos)
+
+
 def test_without_being_asked_there_are_no_log_probabilities(load: Loader) -> None:
     reply = Engine(load()).chat(Session(), "Who?", max_tokens=3)
     assert reply.logprobs == ()
@@ -506,6 +529,22 @@ def test_usage_speaks_openais_words(load: Loader) -> None:
     }
     assert reply.n_reused > 0
     assert reply.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "stop_reason", "finish_reason"),
+    [
+        ({}, "stop", "stop"),
+        ({"stop": "is"}, "stop_string", "stop"),
+        ({"max_tokens": 2}, "length", "length"),
+        ({"timeout_s": 0.0}, "timeout", "length"),
+    ],
+)
+def test_why_a_reply_ended_in_openais_words(
+    load: Loader, options: dict[str, Any], stop_reason: str, finish_reason: str
+) -> None:
+    reply = reply_of(scripted(Engine(load()), Session(), "Who?", "It is so.", by_byte=True, **options))
+    assert (reply.stop_reason, reply.finish_reason) == (stop_reason, finish_reason)
 
 
 def test_a_preset_is_what_its_options_are(load: Loader) -> None:

@@ -270,6 +270,22 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(cm: Contex
     assert shown == "one two"
 
 
+@pytest.mark.parametrize(
+    ("said", "n", "shown", "text"),
+    [("one two", 6, "one ", "one tw"), ("It €", 4, "It ", "It �"), (" <think", 3, "", " <t")],
+)
+def test_what_was_held_back_when_a_stream_is_left_is_kept(
+    cm: ContextManager, engine: Engine, said: str, n: int, shown: str, text: str
+) -> None:
+    session = Session()
+    ids = [token for char in said for token in cm.vocab.tokenize(char).tolist()]
+    with engine.stream(session, "Count!", stop="two!") as stream:
+        stream._generation._sampler.sample = lambda *_: ids.pop(0)  # type: ignore[method-assign]
+        assert "".join(next(stream).text for _ in range(n)) == shown
+    assert stream.reply is not None
+    assert (stream.reply.text, session.messages[-1]["content"]) == (text, text)
+
+
 @pytest.mark.parametrize("stop", ["seven", "ix se", "even"])
 def test_after_a_stop_string_row_and_session_agree_and_a_turn_decodes_only_what_is_new(
     cm: ContextManager, engine: Engine, oracle: Oracle, stop: str

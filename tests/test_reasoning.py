@@ -3,6 +3,7 @@ wants them, exact in the row."""
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from typing import Any
@@ -306,6 +307,13 @@ def test_run_tools_calls_nothing_that_a_reply_cut_short_asked_for(load: Loader, 
     assert (reply.stop_reason, len(reply.tool_calls)) == (why, 1)
     assert called == []
     assert [m["role"] for m in session.messages] == ["user", "assistant"]
+
+
+def test_a_result_that_json_does_not_know_is_told_as_text(load: Loader) -> None:
+    engine, session = Engine(load(chat_template=QWEN)), Session(tools=TOOLS)
+    calling(engine, session, [CALL, "Today."])
+    engine.run_tools(session, {"add": lambda a, b: {"on": datetime.date(2024, a, b)}}, "2 + 3?")
+    assert session.messages[2]["content"] == '{"on": "2024-02-03"}'
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from models import model_path
 from oracle import oracle_for
@@ -14,6 +15,10 @@ from scripted import ids_of, reply_of, script, scripted, wish
 from test_reasoning import OPENS, STRIPS
 
 from llama_sessions import ContextManager, Engine, OptionError, Reply, Session
+from llama_sessions.reply_format import ReplyFormat
+from llama_sessions.reply_parser import ReplyParser
+from llama_sessions.speech import Speech
+from llama_sessions.thinking import Thinking
 
 Loader = Callable[..., ContextManager]
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -120,8 +125,44 @@ def test_a_budget_forces_nothing_that_the_grammar_refuses(load: Loader) -> None:
     grammar = 'root ::= "<think>" [a-c]{4} "</think>" "yes"'
     reply = engine.complete("x", grammar=grammar, think_budget=1, **GREEDY)
     assert (len(reply.thinking), reply.text, reply.stop_reason) == (4, "yes", "stop")
-    free = engine.complete("x", grammar='root ::= "<think>" [a-c]+ "</think>" "yes"', think_budget=3, **GREEDY)
-    assert (len(free.thinking), free.text, free.stop_reason) == (3, "yes", "stop")
+    thoughts = ids_of(engine.cm, "<think>aaaaaaaaaa", by_byte=True)
+    for least, budget in [(1, 3), (3, 1)]:
+        grammar = f'root ::= "<think>" "a"{{{least},}} "</think>" "yes"'
+        stream = engine.stream(Session(), "x", grammar=grammar, think_budget=budget, **GREEDY)
+        reply = reply_of(wish(stream, thoughts))
+        assert (reply.thinking, reply.text, reply.stop_reason) == ("aaa", "yes", "stop")
+
+
+def test_a_tag_that_the_vocabulary_cannot_spell_is_forced_once() -> None:
+    class Mute:
+        def tokenize(self, text: str, *, special: bool = False) -> Any:
+            return np.array([3, 4], np.int32)
+
+        def piece(self, token: int) -> bytes:
+            return b"?"
+
+        def is_eog(self, token: int) -> bool:
+            return token == 9
+
+    said = Speech(ReplyParser(ReplyFormat(), tools=False, thinking_open=True))
+    thinking = Thinking(cast(Any, Mute()), said, "</think>", 0)
+    assert [thinking.forced(None) for _ in range(4)] == [3, 4, None, None]
+    assert said.is_thinking
+    assert thinking.instead_of(9) == 9
+
+
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 100.0}, {"frequency_penalty": 100.0}])
+def test_what_is_forced_is_penalised_like_what_was_drawn(load: Loader, penalty: dict[str, float]) -> None:
+    cm = load(chat_template=OPENS)
+    closing, (slash,) = ids_of(cm, "</think>"), ids_of(cm, "/")
+    assert closing.count(slash) == 1
+    options = {"think_budget": 0, "max_tokens": len(closing) + 1, "logit_bias": {slash: 50.0}, **GREEDY}
+    for given, again in (({}, True), (penalty, False)):
+        session = Session()
+        reply = Engine(cm).chat(session, "Why?", **options, **given)
+        assert list(reply.tokens[:-1]) == closing
+        assert slash not in cm.tokens(session)[: reply.n_prompt]
+        assert (reply.tokens[-1] == slash) == again
 
 
 # -- what a grammar is owed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,6 +64,18 @@ def test_a_step_parks_others_but_none_of_its_own() -> None:
     old, new, idle = prepared(cm, "old", "new", "idle")
     while cm.stats().n_cells_unique < 127:
         cm.append(idle, 65)
+    report = cm.step([NextToken(old, 65), NextToken(new, 66)])
+    assert [result.error for result in report.results.values()] == [None, None]
+    assert is_seated(cm, old, new, idle) == [True, True, False]
+    assert_exact(cm, old)
+    assert_exact(cm, new)
+
+
+def test_where_llama_cpp_finds_no_room_a_step_parks_others_but_none_of_its_own() -> None:
+    cm = over_fake(max_sessions=3)
+    old, new, idle = prepared(cm, "old", "new", "idle")
+    assert isinstance(cm._store.context, FakeContext)
+    cm._store.context.codes.append(1)
     report = cm.step([NextToken(old, 65), NextToken(new, 66)])
     assert [result.error for result in report.results.values()] == [None, None]
     assert is_seated(cm, old, new, idle) == [True, True, False]
@@ -135,6 +148,22 @@ def test_cells_that_an_interrupt_left_to_nobody_are_used_before_anybody_is_parke
 # -- what comes back
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, deed: Callable[[], object], *, at: int = 0) -> None:
+    """Ctrl-C right after llama.cpp has done the `at`-th decode of a deed, and before anybody took note of it."""
+    real, calls = FakeContext.decode, iter(range(100))
+
+    def interrupted(self: FakeContext, runs: Any) -> int:
+        code = real(self, runs)
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return code
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeContext, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            deed()
+
+
 @pytest.mark.parametrize("how", ["park", "release", "flush"])
 def test_a_row_that_an_interrupt_left_in_doubt_is_made_true_before_it_is_saved(
     monkeypatch: pytest.MonkeyPatch, how: str
@@ -142,16 +171,7 @@ def test_a_row_that_an_interrupt_left_in_doubt_is_made_true_before_it_is_saved(
     cm = over_fake()
     (session,) = prepared(cm, "Who are you? " * 5)
     tokens = cm.tokens(session).tolist()
-    real = FakeContext.decode
-
-    def interrupted(self: FakeContext, runs: Any) -> int:
-        real(self, runs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FakeContext, "decode", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            cm.append(session, 65)
+    interrupt(monkeypatch, lambda: cm.append(session, 65))
     getattr(cm, how)(session)
     assert cm.stats().radix.n_tokens == len(tokens)
     n_decoded = cm.stats().n_tokens_decoded
@@ -163,6 +183,24 @@ def test_a_row_that_an_interrupt_left_in_doubt_is_made_true_before_it_is_saved(
         cm.prepare(session)
     assert cm.stats().n_tokens_decoded == n_decoded + 1
     assert_exact(cm, session)
+
+
+def test_what_is_in_doubt_is_also_saved_of_a_session_that_is_gone_and_of_the_system_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cm = over_fake()
+    n_system = cm.set_system("Be brief. " * 3)
+    sessions = prepared(cm, "Who are you? " * 5)
+    n = len(cm.tokens(sessions[0]))
+    interrupt(monkeypatch, lambda: cm.append(sessions[0], 65))
+    sessions.clear()
+    gc.collect()
+    cm.set_system("Be brief. " * 3)
+    assert cm.stats().radix.n_tokens == n
+    cm.clear_radix()
+    interrupt(monkeypatch, lambda: cm.set_system("Be brief. " * 4))
+    cm.set_system("", keep_cache=True)
+    assert 0 < cm.stats().radix.n_tokens <= n_system
 
 
 def test_half_a_prompt_that_comes_back_is_still_half_a_prompt() -> None:
@@ -197,17 +235,7 @@ def test_a_session_that_is_parked_again_before_it_was_back_loses_no_token(monkey
     tokens = cm.tokens(session).tolist()
     cm.park(session)
     cm.clear_radix()
-    real, calls = FakeContext.decode, iter(range(100))
-
-    def interrupted(self: FakeContext, runs: Any) -> int:
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return real(self, runs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FakeContext, "decode", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            cm.logits(session)
+    interrupt(monkeypatch, lambda: cm.logits(session), at=2)
     assert is_seated(cm, session) == [True]
     prepared(cm, "second", "third")
     assert is_seated(cm, session) == [False]
@@ -349,6 +377,7 @@ def test_a_preview_knows_that_a_whole_row_does_not_fit_where_its_rear_does(kind:
     cm.pin(neighbour)
     while 400 - len(cm._store.context.memory.cells) > len(cm.tokens(session)) - 30:  # type: ignore[attr-defined]
         cm.append(neighbour, 65)
+    assert cm.preview(session).fits
     assert_preview_holds(cm, session)
 
 

@@ -320,6 +320,13 @@ def test_what_the_cache_has_beyond_live_rows_is_restored() -> None:
     assert planned("abcdefgh", "abcdef", "", 6) == Plan(8, 6)  # live cells before copies
 
 
+def test_what_is_restored_and_what_is_decoded_needs_cells() -> None:
+    assert planned("abcdefgh", "ab", "abcd", 6).n_new_cells == 4  # of which two are restored
+    assert planned("abcdefgh", "ab", "", 6).n_new_cells == 6
+    assert planned("abcdefgh", "", "", 6).n_new_cells == 8
+    assert planned("abcdefgh", "abcdefg", "", 6).n_new_cells == 1
+
+
 def test_a_token_is_left_to_decode_after_a_restore() -> None:
     assert planned("abcd", "", "", 4) == Plan(4, 0, None, Restore(0, 3))
 

@@ -416,7 +416,6 @@ class ContextManager:
             seat = self._seats.get(session)
             was_parked = self._parking.forget(session)
             if seat is not None:
-                self._store.reconcile(seat.row)
                 self._snapshots.keep(seat.row)
                 self._seats.leave(session, seat)
             session.n_past = 0
@@ -440,10 +439,7 @@ class ContextManager:
         """Save what the row holds and the cache does not yet; the row stays. Returns how many tokens were saved."""
         with self._entry.gate(), self._entry.change:
             seat = self._seats.get(session)
-            if seat is None:
-                return 0
-            self._store.reconcile(seat.row)
-            return self._snapshots.keep(seat.row)
+            return 0 if seat is None else self._snapshots.keep(seat.row)
 
     def pin(self, session: Session, on: bool = True) -> None:
         """Never park a session by itself; `on=False`: do so again."""

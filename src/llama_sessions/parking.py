@@ -70,7 +70,6 @@ class Parking:
 
     def park(self, session: Session, seat: Seat) -> None:
         """Save what is not saved yet, give the row up, remember its tokens."""
-        self._store.reconcile(seat.row)
         self._snapshots.keep(seat.row)
         if session not in self._parked:  # else its return did not finish: what it had is known better
             tokens = seat.row.tokens.copy()

@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def n_new_cells(self) -> int:
-        return self.n_tokens - (0 if self.restore is not None and not self.restore.p0 else self.n_live)
+        return self.n_tokens - self.n_live
 
 
 NOTHING = Plan(0, 0)

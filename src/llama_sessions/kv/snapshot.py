@@ -187,10 +187,11 @@ class Snapshots:
     # -- keeping
 
     def keep(self, row: Row) -> int:
-        """Save what the row holds and the cache does not yet; returns how many tokens. What cannot be saved is not, and
-        the log says why. Raises OptionError where a policy of the user's fails."""
+        """Make the row true, and save what it holds and the cache does not yet; returns how many tokens. What cannot be
+        saved is not, and the log says why. Raises OptionError where a policy of the user's fails."""
         store = self._store
-        if self._cache is None or not row.n or row.suspect is not None or not store.finish_pending():
+        store.reconcile(row)
+        if self._cache is None or not row.n or not store.finish_pending():
             return 0
         if store.caps.kind is MemoryKind.WINDOW and store.sequences.first(row.seq_id) > first_seen(row.n, store.caps):
             return 0  # another session's decode has taken part of its window

@@ -15,7 +15,16 @@ from oracle import oracle_for
 from scripted import ids_of, only_text, reply_of, script, scripted
 from test_reasoning import CALL
 
-from llama_sessions import PRESETS, ContextManager, Engine, NoFreeSlot, OptionError, Session, StateError
+from llama_sessions import (
+    PRESETS,
+    Cancelled,
+    ContextManager,
+    Engine,
+    NoFreeSlot,
+    OptionError,
+    Session,
+    StateError,
+)
 from llama_sessions.llama.context import LlamaContext
 
 Loader = Callable[..., ContextManager]
@@ -91,26 +100,42 @@ def test_an_error_in_one_of_several_replies_ends_all_and_is_raised(load: Loader)
     assert engine.chat(session, "Still there?", max_tokens=3).n_generated
 
 
-def slow_encoding(n_slow: int, seconds: float) -> Callable[..., None]:
-    """A `before_encode` that takes its time at the `n_slow`-th call."""
-    calls = iter(range(1, 1000))
-    return lambda *args: time.sleep(seconds) if next(calls) == n_slow else None
+class Clock:
+    """The clock of generations, which can be put forward."""
+
+    ahead = 0.0
+
+    def perf_counter(self) -> float:
+        return time.perf_counter() + self.ahead
+
+    def go_on(self, seconds: float) -> None:
+        self.ahead += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("llama_sessions.generation.time", made)
+    return made
 
 
 LONG = "Who are you? " * 12
 
 
 @pytest.mark.parametrize("late", ["in the prompt", "at a fork"])
-def test_several_replies_that_time_out_before_their_first_token_leave_the_session(load: Loader, late: str) -> None:
+def test_several_replies_that_time_out_before_their_first_token_leave_the_session(
+    load: Loader, clock: Clock, late: str
+) -> None:
     cm = load(n_batch=32, max_sessions=4)
+    calls = iter(range(1, 1000))
     if late == "in the prompt":
-        cm.set_hook("on_progress", lambda *args: time.sleep(0.05))
+        cm.set_hook("on_progress", lambda *args: clock.go_on(50))
     else:
-        cm.set_hook("before_encode", slow_encoding(2, 0.2))
+        cm.set_hook("before_encode", lambda *args: clock.go_on(100) if next(calls) == 2 else None)
     session = Session()
-    branches = Engine(cm).replies(session, LONG, n=3, timeout_s=0.12, max_tokens=5)
+    branches = Engine(cm).replies(session, LONG, n=3, timeout_s=90, max_tokens=5)
     assert [(b.reply.stop_reason, b.reply.n_generated) for b in branches] == [("timeout", 0)] * 3
-    assert all(b.reply.got_nowhere and b.reply.total_s >= 0.12 for b in branches)
+    assert all(b.reply.got_nowhere and b.reply.total_s >= 90 for b in branches)
     assert session.messages == []
     assert all(b.session.messages == [] and b.session.n_past == 0 for b in branches)
     assert (session.n_past < branches[0].reply.n_prompt) == (late == "in the prompt")
@@ -119,20 +144,24 @@ def test_several_replies_that_time_out_before_their_first_token_leave_the_sessio
     assert Engine(cm).replies(session, LONG, n=3, max_tokens=2)[2].reply.n_generated
 
 
-def test_the_times_of_several_replies_count_from_the_call(load: Loader) -> None:
+def test_the_times_of_several_replies_count_from_the_call(load: Loader, clock: Clock) -> None:
     cm = load(n_batch=32, max_sessions=4)
-    cm.set_hook("on_progress", lambda *args: time.sleep(0.03))
+    cm.set_hook("on_progress", lambda *args: clock.go_on(50))
     branches = Engine(cm).replies(Session(), LONG, n=2, max_tokens=2)
-    assert all(0.09 < b.reply.first_token_s <= b.reply.total_s for b in branches)
+    assert all(100 < b.reply.first_token_s <= b.reply.total_s for b in branches)
 
 
-def test_several_replies_that_time_out_later_keep_what_each_has_said(load: Loader) -> None:
-    cm = load(n_ctx=8192, max_sessions=4)
+def test_several_replies_that_time_out_later_keep_what_each_has_said(
+    load: Loader, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cm = load(n_ctx=1024, max_sessions=4)
     session = Session()
-    branches = Engine(cm).replies(session, "Who?", n=3, timeout_s=0.15, max_tokens=100_000, logit_bias=only_text(cm))
+    decode = LlamaContext.decode
+    monkeypatch.setattr(LlamaContext, "decode", lambda *args: clock.go_on(20) or decode(*args))
+    branches = Engine(cm).replies(session, "Who?", n=3, timeout_s=90, max_tokens=100_000, logit_bias=only_text(cm))
     for branch in branches:
         assert branch.reply.stop_reason == "timeout"
-        assert branch.reply.n_generated > 0
+        assert branch.reply.n_generated == 5  # one a decode that began in time
         assert branch.session.messages[-1] == {"role": "assistant", "content": branch.reply.text}
         assert not cm.is_held(branch.session)
     assert asked(session) == ["Who?"]
@@ -159,6 +188,25 @@ def test_on_progress_hears_of_prompts_that_only_the_forks_have(load: Loader) -> 
     assert [b.reply.stop_reason for b in branches] == ["cancelled"] * 2
     assert session.messages == []
     assert cm.stats().n_sessions == 1
+
+
+@pytest.mark.parametrize("n_call", [1, 2, 3])
+def test_a_hook_that_raises_cancelled_ends_several_replies_as_it_does_one(load: Loader, n_call: int) -> None:
+    cm = load(max_sessions=4)
+    calls = iter(range(1, 10))
+
+    def hook(*args: Any) -> None:
+        if next(calls) == n_call:
+            raise Cancelled("enough")
+
+    cm.set_hook("before_encode", hook)
+    engine, session = Engine(cm), Session()
+    branches = engine.replies(session, "Who?", n=2, max_tokens=2, logit_bias=only_text(cm))
+    reasons = [b.reply.stop_reason for b in branches]
+    expected = {1: ["cancelled", "cancelled"], 2: ["cancelled", "length"], 3: ["length", "cancelled"]}
+    assert reasons == expected[n_call]
+    assert asked(session) == ([] if n_call == 1 else ["Who?"])
+    assert not any(cm.is_held(each) for each in (session, *(b.session for b in branches)))
 
 
 def test_nobody_else_uses_a_session_of_which_several_replies_are_made(

@@ -473,6 +473,28 @@ def test_a_regenerate_that_fails_before_its_first_token_brings_the_old_reply_bac
     assert session.messages == before
 
 
+def test_a_regenerate_that_is_refused_never_touches_the_messages(cm: ContextManager, engine: Engine) -> None:
+    """Another thread might add to them just then."""
+
+    class Watched(list[Any]):
+        def pop(self, *at: Any) -> Any:
+            popped.append(at)
+            return super().pop(*at)
+
+    popped: list[Any] = []
+    session = Session()
+    engine.chat(session, "Who?", max_tokens=2)
+    session.messages = Watched(session.messages)
+    holder = Session()  # whoever
+    cm.hold(session, holder)
+    with pytest.raises(StateError, match="generating"):
+        engine.regenerate(session)
+    assert popped == []
+    cm.let_go(session, holder)
+    engine.regenerate(session, max_tokens=2)
+    assert popped == [()]
+
+
 # -- sampling
 
 

@@ -10,9 +10,7 @@ from .errors import OptionError, StateError
 from .generation import Generation
 from .generation_options import GenerationOptions
 from .manager import ContextManager
-from .messages import check_message
 from .options import checked_int
-from .prompts import message_list
 from .reply import Branch, Reply
 from .session import Session, check_session
 from .stateless import Conversations
@@ -78,12 +76,7 @@ class Engine:
     ) -> Reply:
         """The whole reply; it is appended to the session. Fails before its first token: the user's message is taken
         back. `messages`: see `stream`."""
-        with self.stream(session, text, messages=messages, tools=tools, **options) as stream:
-            for _ in stream:
-                pass
-            if stream.reply is None:
-                raise StateError("the stream ended without a reply")
-            return stream.reply
+        return _whole(self.stream(session, text, messages=messages, tools=tools, **options))
 
     def complete(self, text: str, system: str | None = None, **options: Any) -> Reply:
         """A one-shot chat in a session of its own, released afterwards."""
@@ -95,22 +88,8 @@ class Engine:
 
     def regenerate(self, session: Session, **options: Any) -> Reply:
         """Answer the last user message anew. The old reply comes back if this fails before its first token."""
-        GenerationOptions.build(options)  # and nothing else that `chat` takes: a text, messages
-        check_session(session)
-        messages = message_list(session)
-        if not messages or check_message(messages[-1], "the last message")["role"] != "assistant":
-            raise StateError("there is no reply to regenerate: the last message is not the assistant's")
-        old = messages[-1]
-        try:
-            messages.pop()
-            reply = self.chat(session, **options)
-        except BaseException:
-            if not messages or messages[-1].get("role") != "assistant":
-                messages.append(old)
-            raise
-        if reply.got_nowhere:
-            messages.append(old)
-        return reply
+        checked = GenerationOptions.build(options)
+        return _whole(Stream(self.cm, Generation(self.cm, check_session(session), None, checked, anew=True)))
 
     def replies(self, session: Session, text: str | None = None, *, n: int = 4, **options: Any) -> list[Branch]:
         """`n` replies to the same prompt, decoded together: the prompt is decoded once, each step samples a token for
@@ -156,3 +135,13 @@ class Engine:
             answer_calls(session, reply.tool_calls, named)
             reply = self.chat(session, **options)
         return reply
+
+
+def _whole(stream: Stream) -> Reply:
+    """A stream to its end."""
+    with stream:
+        for _ in stream:
+            pass
+        if stream.reply is None:
+            raise StateError("the stream ended without a reply")
+        return stream.reply

@@ -45,10 +45,14 @@ class Generation:
         options: GenerationOptions,
         *,
         holder: object | None = None,
+        anew: bool = False,
     ) -> None:
-        """`holder`: who holds the session meanwhile, and steps it; None: the generation itself."""
-        _check_question(message_list(session), text, options)
+        """`holder`: who holds the session meanwhile, and steps it; None: the generation itself. `anew`: the last
+        message is a reply, and this one comes in its place."""
+        _check_question(_asked(session, anew), text, options)
         self.session = session
+        self._anew = anew
+        self._old: Message | None = None  # the reply in whose place this one comes
         self._holder = holder
         self.reply: Reply | None = None
         self._cm = cm
@@ -120,7 +124,10 @@ class Generation:
         cm.hold(session, self.holder)
         had_row = session.n_past > 0
         try:
-            _check_question(message_list(session), self._text, options)  # it may have changed since
+            _check_question(_asked(session, self._anew), self._text, options)  # it may have changed since
+            if self._anew:
+                self._old = session.messages[-1]
+                session.messages.pop()
             if self._text is not None:
                 self._user = {"role": "user", "content": self._text}
                 session.messages.append(self._user)
@@ -350,6 +357,8 @@ class Generation:
         messages = self.session.messages
         if self._user is not None and messages and messages[-1] is self._user:
             messages.pop()
+        if self._old is not None and all(message is not self._old for message in messages):
+            messages.append(self._old)
 
 
 def _form(cm: ContextManager, options: GenerationOptions) -> Constraint | None:
@@ -359,6 +368,16 @@ def _form(cm: ContextManager, options: GenerationOptions) -> Constraint | None:
 
         return cm.grammar(gbnf_of_schema(options.json_schema))
     return None if options.grammar is None else cm.grammar(options.grammar)
+
+
+def _asked(session: Session, anew: bool) -> list[Message]:
+    """What is to be answered: the messages, `anew` without the reply at their end. StateError where there is none."""
+    messages = message_list(session)
+    if not anew:
+        return messages
+    if not messages or check_message(messages[-1], "the last message")["role"] != "assistant":
+        raise StateError("there is no reply to regenerate: the last message is not the assistant's")
+    return messages[:-1]
 
 
 def _check_question(messages: list[Message], text: str | None, options: GenerationOptions) -> None:

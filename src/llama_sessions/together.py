@@ -26,7 +26,8 @@ class Together:
         """Begin a reply to a session as it stands. `seconds_ago`: how long its call has been going on."""
         generation = Generation(self._cm, session, None, options, holder=self)
         self._running.append(generation)  # first: whatever happens then, `fail` lets its session go
-        generation.start(seconds_ago)
+        with suppress(Cancelled):  # a hook's word; its reply says so
+            generation.start(seconds_ago)
         return generation
 
     def run(self) -> None:

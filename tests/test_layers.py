@@ -17,7 +17,7 @@ ROOT = Path(llama_sessions.__file__).parent
 
 # Each line may import from the lines above it, and within a line from the left. docs/design says why in this order.
 LAYERS = """
-errors types options generation_options
+errors types notice options generation_options
 report messages window session
 kv kv.row kv.slots
 kv.policy kv.node kv.leaves kv.radix kv.arena kv.blobs kv.blob_store kv.cache kv.segments

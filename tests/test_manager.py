@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from llama_sessions import (
     Session,
     StateError,
 )
+from llama_sessions.kv.radix import RadixTree
 from llama_sessions.llama.context import LlamaContext
 
 Loader = Callable[..., ContextManager]
@@ -1069,6 +1072,65 @@ def test_stats_and_describe_do_not_wait_for_a_decode(cm: ContextManager, monkeyp
     waiting.join(10)
     assert cm.stats().n_decodes == before.n_decodes + 1
     assert_exact(cm, session)
+
+
+def test_describe_does_not_wait_for_a_decode_that_begins_in_the_middle_of_it(
+    cm: ContextManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = prepared(cm)
+    for k in range(1000):  # at each line of it
+        left = k
+        with monkeypatch.context() as patched:
+            slow = SlowDecode(patched)
+            thread = threading.Thread(target=cm.append, args=(session, 65))
+
+            def local(frame: FrameType, event: str, arg: Any) -> Any:
+                nonlocal left
+                left -= event == "line"
+                if left == -1 and event == "line":
+                    thread.start()  # noqa: B023 - it runs in this turn of the loop
+                    slow.entered.wait(0.1)  # noqa: B023
+                return local
+
+            def trace(frame: FrameType, event: str, arg: Any) -> Any:
+                return local if frame.f_code.co_filename.endswith(("manager.py", "entry.py", "overview.py")) else None
+
+            started = time.perf_counter()
+            sys.settrace(trace)
+            try:
+                text = cm.describe()
+            finally:
+                sys.settrace(None)
+            seconds = time.perf_counter() - started
+            slow.go_on.set()
+            if left >= 0:
+                break
+            thread.join(10)
+        assert seconds < 2
+        assert "slots in use" in text
+    assert k > 10
+    cm.check_integrity()
+
+
+def test_describe_leaves_the_edges_out_where_the_cache_changes_under_it(
+    cm: ContextManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = prepared(cm, namespace="a"), prepared(cm, namespace="b")
+    cm.flush(first)
+    assert "(namespace 'a')" in cm.describe()
+    real = RadixTree.walk
+
+    def walk(tree: RadixTree[Any]) -> Any:
+        for visit in real(tree):
+            cm.flush(second)
+            yield visit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RadixTree, "walk", walk)
+        text = cm.describe()
+    assert "slots in use" in text
+    assert "namespace 'a')" not in text
+    assert "(namespace 'b')" in cm.describe()
 
 
 def test_close_waits_for_the_call_that_is_under_way(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from llama_sessions import (
     SnapshotError,
     StateError,
 )
+from llama_sessions.kv import snapshot
 from llama_sessions.kv.costs import Costs
 from llama_sessions.kv.sequences import Sequences
 from llama_sessions.kv.snapshot import Snapshots
@@ -923,3 +924,172 @@ def test_a_change_of_namespace_touches_nothing_before_the_plan_is_whole(load: Lo
     again = said("Who are you? " * 4, namespace="a")
     cm.prepare(again)
     assert sources(again) == ["cache", "decode"]
+
+
+# -- what is said about a session is true
+
+
+def test_closing_forgets_only_what_is_here() -> None:
+    here, there = fake()[0], fake()[0]
+    seated, parked, own = said("seated"), said("parked"), said("own")
+    for session in (seated, parked, own):
+        here.prepare(session)
+        here.park(session)
+    twin = here.fork(own)
+    there.prepare(seated)
+    there.prepare(parked)
+    there.park(parked)
+    assert twin.n_past > 0
+    here.close()
+    assert (own.n_past, twin.n_past) == (0, 0)
+    for session in (seated, parked):
+        assert session.n_past == len(there.tokens(session)) > 0
+    there.close()
+    assert (seated.n_past, parked.n_past) == (0, 0)
+
+
+@pytest.mark.parametrize("deed", ["append", "logits"])
+def test_a_return_is_no_prepare(load: Loader, deed: str) -> None:
+    cm = load()
+    session = said("Who are you? " * 4)
+    cm.prepare(session)
+    report = session.last_prepare
+    for cached in (True, False):
+        cm.append(session, 65)
+        cm.park(session)
+        if not cached:
+            cm.clear_radix()
+        if deed == "append":
+            cm.append(session, 66)
+        else:
+            cm.logits(session)
+        assert session.last_prepare is report
+
+
+@pytest.mark.parametrize("parks", [False, True])
+def test_a_branch_of_half_a_prompt_waits_for_the_other_half(parks: bool) -> None:
+    cm, _ = fake()
+    session = said("Who are you? " * 8)
+    pending = cm.begin(session)
+    cm.step([PromptChunk(pending, 40)])
+    twin = cm.fork(session)
+    assert len(cm.tokens(twin)) == 40
+    if parks:
+        cm.park(twin)
+    with pytest.raises(StateError, match=f"only 40 of the prompt's {pending.n_tokens} tokens"):
+        cm.append(twin, 65)
+    assert len(cm.tokens(twin)) == 40
+    cm.prepare(twin)
+    cm.append(twin, 65)
+    np.testing.assert_array_equal(cm.logits(twin), fresh_logits(cm.capabilities, cm.tokens(twin)))
+
+
+def test_a_branch_takes_tokens_where_its_parent_did() -> None:
+    cm, _ = fake()
+    session = said("Who?")
+    cm.prepare(session)
+    cm.append(session, 65)
+    twin = cm.fork(session)
+    cm.append(twin, 66)
+    assert cm.tokens(twin).tolist() == [*cm.tokens(session), 66]
+
+
+def test_what_is_restored_in_pieces_passes_through_a_buffer_with_a_bound(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "_LEAST_JOINED", 4096)
+    cm = load(n_ctx=2048, radix=RadixOptions(max_bytes=240_000))
+    session = said("The stem of all. " * 8)
+    for i in range(6):  # an edge, and a blob, each
+        cm.prepare(session)
+        cm.flush(session)
+        session.add_assistant(f"{i} " * 10)
+        session.add_user("And? " * 6)
+    cm.prepare(session)
+    cm.park(session)
+    assert len(cm._snapshots._joined) == 0
+    loads: list[int] = []
+    real = LlamaContext.load_state
+    monkeypatch.setattr(LlamaContext, "load_state", lambda s, i, blob: loads.append(len(blob)) or real(s, i, blob))
+    n = len(cm.tokens(session))
+    n_decoded = cm.stats().n_tokens_decoded
+    assert_exact(cm, session)
+    assert cm.stats().n_tokens_decoded == n_decoded + 1
+    assert max(loads) <= 240_000 // 8 == cm._snapshots._most_joined
+    assert len(loads) == -(-sum(loads) // (240_000 // 8)) > 1
+    assert 0 < len(cm._snapshots._joined) <= 240_000 // 8
+    assert cm._store.caps.kv_bytes_per_token * n > 2 * (240_000 // 8)
+    cm.clear_radix()
+    assert len(cm._snapshots._joined) == 0
+
+
+def test_what_a_restore_in_pieces_did_before_it_failed_is_reused(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_LEAST_JOINED", 4096)
+    cm = load(radix=RadixOptions(max_bytes=200_000))
+    session = said("Who are you? " * 20)
+    cm.prepare(session)
+    cm.release(session)
+    session.messages[0]["content"] += "x"  # so that the edge is used in part
+    real, calls = LlamaContext.load_state, iter(range(100))
+
+    def fails(self: LlamaContext, seq_id: int, blob: Any) -> None:
+        if next(calls) == 1:
+            raise SnapshotError("llama_state_seq_set_data_ext", 0, "no cells")
+        real(self, seq_id, blob)
+
+    monkeypatch.setattr(LlamaContext, "load_state", fails)
+    n = cm.prepare(session)
+    report = session.last_prepare
+    assert report is not None
+    assert [(s.source, s.p0) for s in report.stretches] == [("cache", 0), ("decode", report.n_reused)]
+    assert report.stretches[0].p1 == report.n_reused > 0
+    assert report.n_reused + report.n_decoded == n
+    assert_exact(cm, session)
+
+
+def test_a_lock_that_is_left_on_saved_kv_does_not_add_up(load: Loader) -> None:
+    cm = load()
+    session = said("Who are you? " * 4)
+    cm.prepare(session)
+    cm.flush(session)
+    match = cm._snapshots.match(None, cm.tokens(session))
+    cm._snapshots.hold(match)
+    with pytest.raises(StateError, match="1 locks are left on saved KV"):
+        cm.check_integrity()
+    cm._snapshots._cache.unlock(match)  # type: ignore[union-attr]
+    cm.check_integrity()
+
+
+def test_that_the_budget_keeps_nothing_is_said_once(load: Loader, caplog: pytest.LogCaptureFixture) -> None:
+    cm = load(radix=RadixOptions(max_bytes=1000), max_sessions=2)
+    with caplog.at_level(logging.DEBUG, "llama_sessions"):
+        for i in range(5):
+            cm.prepare(said(f"{i} is my number. " * 3))
+    kept = [(r.levelname, r.getMessage()) for r in caplog.records if "tokens of KV are not kept" in r.getMessage()]
+    assert [level for level, _ in kept[:3]] == ["WARNING", "DEBUG", "DEBUG"]
+    assert "max_bytes=1000" in kept[0][1]
+
+
+def test_that_too_few_tokens_are_not_kept_is_no_warning(load: Loader, caplog: pytest.LogCaptureFixture) -> None:
+    cm = load(radix=RadixOptions(min_tokens=500))
+    session = said("Who are you?")
+    cm.prepare(session)
+    with caplog.at_level(logging.DEBUG, "llama_sessions"):
+        cm.park(session)
+    assert [r.levelname for r in caplog.records if "not kept" in r.getMessage()] == ["DEBUG"]
+
+
+def test_that_an_idle_session_cannot_be_parked_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def bad(usage: Any) -> float:
+        raise ZeroDivisionError("oops")
+
+    cm, _ = fake(idle_park_after_s=0.0, radix=RadixOptions(max_bytes=1500, policy=bad))
+    sessions = [said(f"{i} says something. " * 2) for i in range(2)]
+    with caplog.at_level(logging.DEBUG, "llama_sessions"):
+        for session in sessions:
+            cm.prepare(session)
+        for _ in range(3):
+            cm.flush(said("nothing"))
+    levels = [r.levelname for r in caplog.records if "could not be parked" in r.getMessage()]
+    assert levels[0] == "WARNING"
+    assert set(levels[1:]) == {"DEBUG"}

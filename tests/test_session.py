@@ -93,6 +93,18 @@ def test_system_and_namespace_are_text(name: str, value: Any) -> None:
         Session(**{name: value})
 
 
+@pytest.mark.parametrize("value", [5, b"a", ["a"], "\udfff"])
+def test_a_namespace_stays_text_or_none(value: Any) -> None:
+    session = Session(namespace="a")
+    with pytest.raises(OptionError, match="namespace"):
+        session.namespace = value
+    assert session.namespace == "a"
+    session.namespace = None
+    assert session.copy().namespace is None
+    session.namespace = "b"
+    assert session.to_dict()["namespace"] == "b"
+
+
 def test_no_system_text_differs_from_an_empty_one() -> None:
     assert (Session().system, Session("").system) == (None, "")
 

@@ -144,11 +144,6 @@ class Entry:
         with self._lock, self._looking:
             yield
 
-    @property
-    def is_free(self) -> bool:
-        """Whether nobody is in the middle of a call now; only a hint."""
-        return not self._lock.locked()
-
     @contextmanager
     def only_reading(self) -> Iterator[None]:
         """Until this ends, the calling thread may not change anything."""

@@ -402,8 +402,8 @@ class ContextManager:
             if seat.row.n and self._store.share(seat.row, child.row, 0, seat.row.n):
                 if seat.row.logits is not None:
                     child.row.logits = self._store.logits(seat.row).copy()
-                twin.n_past = child.n_prompt = child.row.n
-                child.said = seat.said
+                twin.n_past = child.row.n
+                child.n_prompt, child.said = seat.n_prompt, seat.said  # half a prompt is half a prompt there, too
                 twin.last_prepare = session.last_prepare
             return twin
 
@@ -490,13 +490,10 @@ class ContextManager:
         return self._overview.published
 
     def describe(self) -> str:
-        """A printable map: slots, cells, a line for each row, and the cache. Never waits for a decode: the edges of the
-        cache are left out while one is under way."""
+        """A printable map: slots, cells, a line for each row, and the cache. Never waits: the edges of a cache that
+        changes at that very moment are left out."""
         self._entry.check()
-        if not self._entry.is_free:
-            return self._overview.describe(tree=False)
-        with self._entry.reading():
-            return self._overview.describe(tree=True)
+        return self._overview.describe()
 
     def check_integrity(self) -> None:
         """Prove that rows, slots, cells and llama.cpp's own positions agree; StateError says what does not."""

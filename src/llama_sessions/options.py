@@ -94,9 +94,17 @@ def build_options(cls: Callable[..., T], what: str, options: Mapping[str, Any]) 
     return cls(**options)
 
 
+def checked_namespace(namespace: object) -> str | None:
+    """`namespace` if it is text or None, else OptionError."""
+    return None if namespace is None else checked_text("namespace", namespace)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RadixOptions:
-    """How the cache of saved KV is kept: at most `max_bytes`, runs of at least `min_tokens`, thinned by `policy`."""
+    """How the cache of saved KV is kept: at most `max_bytes`, runs of at least `min_tokens`, thinned by `policy`.
+
+    What is restored from several pieces passes through a buffer beside it: an eighth of `max_bytes` (or 1 MiB) at most.
+    """
 
     max_bytes: int = 512 * 2**20
     min_tokens: int = 1

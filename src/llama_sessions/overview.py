@@ -79,8 +79,8 @@ class Overview:
             prepare_seconds=seconds[2],
         )
 
-    def describe(self, *, tree: bool) -> str:
-        """Slots and cells, a line a row, and the cache; its `tree` may be read by one thread at a time only."""
+    def describe(self) -> str:
+        """Slots and cells, a line a row, and the cache. For any thread, without the lock."""
         s, caps = self.published, self.store.caps
         cells = "cells, each row its own" if s.n_cells_total is None else f"of {s.n_cells_total} cells"
         lines = [
@@ -100,8 +100,14 @@ class Overview:
         if s.radix.max_bytes:
             used = f"{s.radix.n_bytes / 2**20:.1f} of {s.radix.max_bytes / 2**20:.0f} MiB"
             lines.append(f"saved: {s.radix.n_tokens} tokens on {s.radix.n_nodes} edges, {used}, by {s.radix.kind}")
-            shown = self.snapshots.describe() if tree else []
+            shown = self._edges()
             lines += [f"  {line}" for line in shown[:_MOST_EDGES]]
             if len(shown) > _MOST_EDGES:
                 lines.append(f"  and {len(shown) - _MOST_EDGES} more")
         return "\n".join(lines)
+
+    def _edges(self) -> list[str]:
+        try:
+            return self.snapshots.describe()
+        except RuntimeError:  # a dict that another thread changes during the walk says so
+            return []

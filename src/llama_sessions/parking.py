@@ -14,6 +14,7 @@ from .kv.row import Row
 from .kv.slots import Slots
 from .kv.snapshot import Snapshots
 from .kv.store import RowStore, no_cells
+from .notice import Notice
 from .seats import Seat, Seats
 from .session import Session
 from .types import TokenArray
@@ -44,6 +45,7 @@ class Parking:
         self._slots = slots
         self._snapshots = snapshots
         self._idle_after_s = idle_after_s
+        self._refused = Notice()
         self._parked: weakref.WeakKeyDictionary[Session, Parked] = weakref.WeakKeyDictionary()
         self._pinned: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -135,7 +137,7 @@ class Parking:
                     try:
                         self.park(session, seat)
                     except OptionError as e:  # a policy of the user's; whoever is calling did not ask for this
-                        logger.warning("an idle session could not be parked: %s", e)
+                        self._refused.say(logger, "an idle session could not be parked: %s", e)
 
     def _idle(self, but: Collection[Session]) -> list[tuple[Session, Seat]]:
         return [
@@ -150,5 +152,6 @@ class Parking:
     def disown(self) -> None:
         """At close."""
         for session in list(self._parked):
-            session.n_past = 0
+            if self._seats.was_last_here(session):
+                session.n_past = 0
         self._parked.clear()

@@ -17,7 +17,8 @@ from .types import TokenArray
 class Pending:
     """A `prepare` under way: planned and applied, not decoded yet. Void once the session is begun again.
 
-    `rendered`: the whole prompt; `n_reused` of its tokens were there already.
+    `rendered`: the whole prompt; `n_reused` of its tokens were there already. `is_return`: no prompt of the user's, but
+    a parked row on its way back.
     """
 
     session: Session
@@ -29,6 +30,7 @@ class Pending:
     stretches: list[Stretch]
     started: float = field(default_factory=time.perf_counter)
     decode_seconds: float = 0.0
+    is_return: bool = False
     is_whole: bool = False  # once it is, it stays so, wherever the row goes then
 
     @property
@@ -58,6 +60,12 @@ class Pending:
     def done(self) -> bool:
         self.is_whole = self.is_whole or (not self.is_void and self.row.n >= len(self.tokens))
         return self.is_whole and not self.is_void
+
+    def conclude(self) -> bool:
+        """Whether it is done; the session is then told what it took."""
+        if self.done and not self.is_return:
+            self.session.last_prepare = self.report()
+        return self.done
 
     def report(self) -> PrepareReport:
         n_decoded = len(self.tokens) - self.n_reused

@@ -113,10 +113,11 @@ class Preparer:
             self._parking.forget(session)
         session.n_past = n_reused = seat.row.n
         self.n_tokens_reused += n_reused
-        pending = Pending(session, rendered, seat, seat.n_begun, n_reused, wants_logits, stretches, started)
+        pending = Pending(
+            session, rendered, seat, seat.n_begun, n_reused, wants_logits, stretches, started, is_return=resumes
+        )
         seat.pending = weakref.ref(pending)
-        if pending.done:
-            session.last_prepare = pending.report()
+        pending.conclude()
         self.seconds += time.perf_counter() - started
         return pending
 
@@ -175,10 +176,10 @@ class Preparer:
         """Bring back what the plan takes from the cache; returns how many tokens."""
         restore = plan.restore
         started = time.perf_counter()
-        if restore is None or not self._snapshots.restore(seat.row, match, tokens, restore.p0, restore.p1):
-            return 0
-        stretches.append(Stretch("cache", restore.p0, restore.p1, time.perf_counter() - started))
-        return restore.p1 - restore.p0
+        n = 0 if restore is None else self._snapshots.restore(seat.row, match, tokens, restore.p0, restore.p1)
+        if restore is not None and n:
+            stretches.append(Stretch("cache", restore.p0, restore.p0 + n, time.perf_counter() - started))
+        return n
 
     def preview(self, session: Session, conversation: Conversation) -> Preview:
         """What `begin` and its steps would do; changes nothing."""

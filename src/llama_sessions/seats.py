@@ -24,7 +24,7 @@ from .types import FloatArray
 
 logger = logging.getLogger("llama_sessions")
 
-# Where a session was seated last; while it has a row there, no other manager takes it.
+# Where a session was seated last: its `n_past` is of there. While it has a row there, no other manager takes it.
 _owners: weakref.WeakKeyDictionary[Session, weakref.ref[Seats]] = weakref.WeakKeyDictionary()
 
 
@@ -80,13 +80,21 @@ class Seats:
         check_session(session)
         seat = self._seats.get(session)
         if seat is None:
-            ref = _owners.get(session)
-            owner = None if ref is None else ref()
+            owner = self._owner(session)
             if owner is not None and owner is not self and session in owner._seats:
                 raise StateError("the session belongs to another manager; release it there, or fork its messages")
         if not reading and self._holder(session) not in (None, holder):
             raise StateError("the session is generating; finish or close its stream first")
         return seat
+
+    @staticmethod
+    def _owner(session: Session) -> Seats | None:
+        ref = _owners.get(session)
+        return None if ref is None else ref()
+
+    def was_last_here(self, session: Session) -> bool:
+        """Whether no other manager has given the session a row since this one did."""
+        return self._owner(session) in (None, self)
 
     def hold(self, session: Session, holder: object) -> None:
         """Only `holder` may change the session's row until `let_go`; needs no seat."""
@@ -127,7 +135,6 @@ class Seats:
         seat.finalizer.detach()
         del self._seats[session]
         self._free(seat.row.seq_id)
-        _owners.pop(session, None)
 
     def drain(self) -> None:
         """Give back the slots of sessions that are gone."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import OptionError
 from .messages import check_message, checked_tools, checked_variables
-from .options import checked_bool, checked_int, checked_list, checked_text
+from .options import checked_bool, checked_int, checked_list, checked_namespace, checked_text
 from .report import PrepareReport
 from .types import Message
 from .window import Window, among, checked_places, places
@@ -63,7 +63,7 @@ class Session:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.system = None if system is None else checked_text("system", system)
-        self.namespace = None if namespace is None else checked_text("namespace", namespace)
+        self.namespace = namespace
         self.tools = None if tools is None else [dict(tool) for tool in checked_tools(tools)]
         self.template_kwargs = dict(checked_variables(template_kwargs or {}))
         self.messages: list[Message] = []
@@ -88,6 +88,15 @@ class Session:
         self._raw = True
         self.add_user(text)
         return self
+
+    @property
+    def namespace(self) -> str | None:
+        """Sessions of different namespaces share no KV. A change counts from the next `prepare` on."""
+        return self._namespace
+
+    @namespace.setter
+    def namespace(self, namespace: str | None) -> None:
+        self._namespace = checked_namespace(namespace)
 
     @property
     def is_raw(self) -> bool:

@@ -156,6 +156,4 @@ class Stepper:
             session.note_appended(item.token, self._store.caps.fingerprint)
             return _ONE_TOKEN
         item.pending.decode_seconds += seconds
-        if item.pending.done:
-            session.last_prepare = item.pending.report()
-        return StepResult(len(task.tokens), item.pending.done)
+        return StepResult(len(task.tokens), item.pending.conclude())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import OptionError, StateError
-from ..options import RadixOptions, checked_text
+from ..options import RadixOptions, checked_namespace
 from ..report import RadixStats
 from ..types import TokenArray
 from .arena import ByteArray
@@ -32,7 +32,8 @@ class OwnerSpace:
 class Inserted:
     """What an insert did. `n_tokens`, `n_bytes`: newly kept (0: all was there, or `refused` says why not).
 
-    `n_tokens_evicted`: what went to make room. `lost`: the owners whose own rows went with it.
+    `n_tokens_evicted`: what went to make room. `lost`: the owners whose own rows went with it. `no_room`: the budget
+    refused it.
     """
 
     n_tokens: int = 0
@@ -40,11 +41,7 @@ class Inserted:
     n_tokens_evicted: int = 0
     lost: tuple[Hashable, ...] = ()
     refused: str = ""
-
-
-def checked_namespace(namespace: str | None) -> str | None:
-    """`namespace` if it is text or None, else OptionError."""
-    return None if namespace is None else checked_text("namespace", namespace)
+    no_room: bool = False
 
 
 class RadixCache:
@@ -112,6 +109,11 @@ class RadixCache:
                 parts.append(BlobPart(self._arena.view(blob.extent), blob.p0, p1, blob.n_tokens))
                 p1 = blob.p0
         return parts[::-1]
+
+    @property
+    def n_locks(self) -> int:
+        """Locks that nobody has undone yet."""
+        return sum(node.n_locks for node in self._tree.nodes())
 
     def stats(self) -> RadixStats:
         """Counters, as of now."""
@@ -282,7 +284,7 @@ class RadixCache:
                 n_evicted = before - self._tree.n_tokens
                 self._n_evicted += n_evicted
                 if room.extent is None:
-                    return Inserted(refused=room.refused)
+                    return Inserted(refused=room.refused, no_room=True)
                 saver.save(start, n, self._arena.view(room.extent))
                 self._link(namespace, tokens, Blob(room.extent, start, n - start, owner), goes_last)
             finally:

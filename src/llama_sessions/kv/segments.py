@@ -65,6 +65,10 @@ class SegmentLayout:
         fixed = _HEAD + len(self.middle) + _TENSOR * len(self.tensors)
         return fixed + n_tokens * (_CELL + sum(self.row_bytes))
 
+    def most_tokens(self, n_bytes: int) -> int:
+        """How many tokens a blob of at most `n_bytes` can hold; at least one."""
+        return max(1, (n_bytes - self.n_bytes(0)) // (self.n_bytes(1) - self.n_bytes(0)))
+
     def positions(self, blob: ByteArray) -> npt.NDArray[np.int32]:
         """(n,) int32, the position of each cell, in the blob's order."""
         cells: npt.NDArray[np.int32] = self._cells(blob)[:, :4].copy().view(np.int32)[:, 0]

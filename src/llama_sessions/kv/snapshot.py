@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import SnapshotError
+from ..notice import Notice
 from ..options import RadixOptions
 from ..report import RadixStats
 from ..types import ByteArray, Capabilities, MemoryKind, TokenArray
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llama_sessions")
 
 _N_PROBED, _CUT = 5, 2  # tokens of the self-test, and where they are cut
+_SHARE_JOINED, _LEAST_JOINED = 8, 2**20  # of the budget, and bytes: what may be joined at once
 _FLAG = 1  # byte behind a state: whether logits are with it
 
 
@@ -74,6 +76,8 @@ class Snapshots:
         self.kind = blob_kind(store.caps, has_scratch=store.sequences.scratch is not None)
         self._layout = None
         self._cache: RadixCache | None = None
+        self._most_joined = 0  # bytes
+        self._no_room = Notice()
         self._joined: ByteArray = np.empty(0, np.uint8)
         self.stats = RadixStats()
         """As of the last change; may be read from any thread."""
@@ -84,6 +88,7 @@ class Snapshots:
 
             cost = self._seconds if self.kind is BlobKind.RANGE else None
             self._cache = RadixCache(options, kind=self.kind, cutter=self._layout, cost=cost)
+            self._most_joined = max(options.max_bytes // _SHARE_JOINED, _LEAST_JOINED)
             self._take_stock()
 
     def _take_stock(self) -> None:
@@ -98,11 +103,16 @@ class Snapshots:
         return [] if self._cache is None else list(self._cache.describe())
 
     def problems(self) -> list[str]:
-        return [] if self._cache is None else self._cache.problems()
+        """Everything that does not add up between two calls, a sentence each."""
+        if self._cache is None:
+            return []
+        n_locks = self._cache.n_locks
+        return self._cache.problems() + ([f"{n_locks} locks are left on saved KV"] if n_locks else [])
 
     def clear(self) -> int:
         """Forget what is saved, but for what one owner alone has; returns how many tokens went."""
         n_tokens = 0 if self._cache is None else self._cache.clear()
+        self._joined = np.empty(0, np.uint8)
         self._take_stock()
         return n_tokens
 
@@ -150,14 +160,19 @@ class Snapshots:
             self._cache.touch(match, n_hit=n_hit, n_miss=n_miss)
             self._take_stock()
 
-    def restore(self, row: Row, match: KvMatch, tokens: TokenArray, p0: int, p1: int) -> bool:
-        """Bring `[p0, p1)` back to a row that ends at `p0`; False: it could not be, and the row ends there still, or
-        is empty."""
+    def restore(self, row: Row, match: KvMatch, tokens: TokenArray, p0: int, p1: int) -> int:
+        """Bring `[p0, p1)` back to a row that ends at `p0`; returns how many tokens. Where something cannot be, the row
+        ends there, or is empty."""
         if self._cache is None or row.n != p0 or not self._store.finish_pending():
-            return False
+            return 0
         parts = [part for part in self._cache.read(match) if part.p1 > p0 and part.p0 < p1]
         if self._layout is not None:
-            return self._store.load(row, self._join(parts, p0, p1), tokens, p0, p1)
+            self._restore_ranges(row, parts, tokens, p0, p1, self._layout)
+        else:
+            self._restore_whole(row, parts, tokens, p0, p1)
+        return max(0, row.n - p0)
+
+    def _restore_whole(self, row: Row, parts: list[BlobPart], tokens: TokenArray, p0: int, p1: int) -> None:
         for part in parts:
             begin, end = max(p0, part.p0), min(p1, part.p1)
             state = part.view
@@ -165,19 +180,30 @@ class Snapshots:
                 n_logits = _FLAG + (4 * self._store.caps.n_vocab if part.view[-1] else 0)
                 state = part.view[: len(part.view) - n_logits]
             if not self._store.load(row, state, tokens, begin, end):
-                return False
+                return
             if len(part.view) - len(state) > _FLAG:
                 row.logits = part.view[len(state) : -1].copy().view(np.float32)
-        return True
 
-    def _join(self, parts: list[BlobPart], p0: int, p1: int) -> ByteArray:
-        """One blob of exactly `[p0, p1)`."""
-        layout = self._layout
-        if layout is None:
-            raise SnapshotError("join", 0, "blobs of this memory cannot be cut")
-        cuts = [(part.view, max(p0, part.p0) - part.p0, min(p1, part.p1) - part.p0) for part in parts]
-        if len(cuts) == 1 and cuts[0][1:] == (0, parts[0].n_tokens):
-            return cuts[0][0]
+    def _restore_ranges(
+        self, row: Row, parts: list[BlobPart], tokens: TokenArray, p0: int, p1: int, layout: SegmentLayout
+    ) -> None:
+        """By one load, where one blob is just that or the join of several is small; else by several."""
+        if [(part.p0, part.p0 + part.n_tokens) for part in parts] == [(p0, p1)]:
+            self._store.load(row, parts[0].view, tokens, p0, p1)
+            return
+        n_most = layout.most_tokens(self._most_joined)
+        for begin in range(p0, p1, n_most):
+            end = min(begin + n_most, p1)
+            if not self._store.load(row, self._join(parts, begin, end, layout), tokens, begin, end):
+                return
+
+    def _join(self, parts: list[BlobPart], p0: int, p1: int, layout: SegmentLayout) -> ByteArray:
+        """One blob of exactly `[p0, p1)`, valid until the next."""
+        cuts = [
+            (part.view, max(p0, part.p0) - part.p0, min(p1, part.p1) - part.p0)
+            for part in parts
+            if part.p1 > p0 and part.p0 < p1
+        ]
         n_bytes = layout.n_bytes(p1 - p0)
         if len(self._joined) < n_bytes:  # kept: fresh pages cost twelve times as much to write
             self._joined = np.empty(n_bytes, np.uint8)
@@ -201,7 +227,11 @@ class Snapshots:
             logger.warning("%d tokens of KV could not be saved and will be decoded again: %s", row.n, e)
             return 0
         if inserted.refused:
-            logger.debug("%d tokens of KV are not kept: %s", row.n, inserted.refused)
+            text = "%d tokens of KV are not kept and will be decoded again: %s"
+            if inserted.no_room:
+                self._no_room.say(logger, text, row.n, inserted.refused)
+            else:
+                logger.debug(text, row.n, inserted.refused)
         self._take_stock()
         return inserted.n_tokens
 

@@ -338,6 +338,31 @@ def test_whole_rows_are_restored_in_place_of_the_own_row() -> None:
     assert planned("abcdefgh", "abcdefg", "", 6, kind=BlobKind.ROW, caps=STREAMS) == Plan(8, 7)
 
 
+def test_what_another_row_has_is_shared_again_after_a_whole_row() -> None:
+    share = Share("live", 3, 0, 4)
+    for kind, caps in ((BlobKind.ROW, FULL), (BlobKind.STATE, WINDOW)):
+        for own in ("", "ab", "abcde"):  # also where the own row has more of it than the other one
+            plan = planned("abcdefgh", own, "abcd", 6, kind=kind, caps=caps)
+            assert plan == Plan(8, 0, None, Restore(0, 6), share), (kind, own)
+            assert (plan.n_new_cells, plan.n_decode) == (8, 2)
+    assert planned("abcdefgh", "ab", "xy", 6, kind=BlobKind.ROW).reshare is None
+    assert planned("abcdefgh", "", "abcd", 6, kind=BlobKind.ROW, caps=STREAMS).reshare is None
+    assert planned("abcdefgh", "", "abcd", 6, kind=BlobKind.STATE, caps=HYBRID).reshare is None
+
+
+def test_a_whole_row_is_restored_only_where_all_its_bytes_cost_less_than_what_it_adds() -> None:
+    costs = Costs()
+    for _ in range(3):
+        costs.note_decode(100, 100 * 2e-3)
+        costs.note_restore(100, 100 * 1e-3)
+    few = planned("a" * 100, "a" * 60, "", 80, kind=BlobKind.ROW, caps=STREAMS, costs=costs)
+    assert few == Plan(100, 60)  # 80 restored for 20 decoded
+    many = planned("a" * 100, "a" * 10, "", 80, kind=BlobKind.ROW, caps=STREAMS, costs=costs)
+    assert many.restore == Restore(0, 80)
+    part = planned("a" * 100, "a" * 60, "", 80, costs=costs)
+    assert part.restore == Restore(60, 80)
+
+
 def test_a_state_at_the_very_end_needs_its_logits() -> None:
     assert planned("abcd", "", "", 4, kind=BlobKind.STATE, caps=RECURRENT) == Plan(4, 0)
     with_logits = planned("abcd", "", "", 4, kind=BlobKind.STATE, caps=RECURRENT, has_logits=True)

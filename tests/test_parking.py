@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -1093,3 +1094,123 @@ def test_that_an_idle_session_cannot_be_parked_is_said_once(caplog: pytest.LogCa
     levels = [r.levelname for r in caplog.records if "could not be parked" in r.getMessage()]
     assert levels[0] == "WARNING"
     assert set(levels[1:]) == {"DEBUG"}
+
+
+# -- whole rows, and the prefix again
+
+
+def without_scratch(load: Loader) -> Iterator[ContextManager]:
+    """A context of two sequences: the prefix, and one session; ranges cannot be saved there."""
+    import llama_cpp
+
+    donor = load(max_sessions=1)
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max, params.n_threads = 512, 128, 128, 2, 1
+    params.kv_unified = True
+    ctx = llama_cpp.llama_init_from_model(donor._parts.context.model.handle, params)  # type: ignore[attr-defined]
+    try:
+        with ContextManager(ctx, llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(ctx))) as cm:
+            yield cm
+            cm.check_integrity()
+    finally:
+        llama_cpp.llama_free(ctx)
+
+
+def window_with_prefix(load: Loader) -> Iterator[ContextManager]:
+    yield open_kind(load, "window")
+
+
+def narrow_window_with_prefix(load: Loader) -> Iterator[ContextManager]:
+    yield open_kind(load, "narrow window")
+
+
+@pytest.fixture(params=[without_scratch, window_with_prefix, narrow_window_with_prefix])
+def whole(request: pytest.FixtureRequest, load: Loader) -> Iterator[ContextManager]:
+    """Memory of which whole rows are saved, with a system prompt of some length in its slot."""
+    with contextmanager(request.param)(load) as cm:
+        cm.set_system("Be brief and kind. " * 10)
+        assert cm.prefix.n_tokens > 70
+        yield cm
+
+
+def returned(cm: ContextManager, session: Session) -> None:
+    """Parked, its neighbours gone, and back."""
+    cm.prepare(session)
+    cm.park(session)
+    cm.prepare(session)
+
+
+def test_the_prefix_is_shared_again_after_a_whole_row_came_back(whole: ContextManager) -> None:
+    session = said("Who?")
+    returned(whole, session)
+    assert sources(session) == ["prefix", "cache", "decode"]
+    assert session.last_prepare is not None
+    assert session.last_prepare.n_decoded == 1
+    assert whole.stats().n_cells_unique == session.n_past  # all but the prefix's own are one session's
+    whole.check_integrity()
+    assert_exact(whole, session)
+    for text in ("Me.", "And you?", "You.", "And now?"):
+        session.add("user" if text.endswith("?") else "assistant", text)
+    whole.prepare(session)
+    assert_exact(whole, session)
+    del session.messages[1:]
+    whole.prepare(session)
+    assert_exact(whole, session)
+
+
+@pytest.mark.parametrize("kind", ["window", "narrow window"])
+def test_a_window_that_does_not_reach_the_prefix_is_not_torn(load: Loader, kind: str) -> None:
+    """Between the prefix and the window there would be a hole, which llama.cpp does not know of."""
+    cm = open_kind(load, kind)
+    cm.set_system("Be brief. ")
+    session = said("Who are you? " * 8, "I am. " * 3, "What? " * 6)
+    returned(cm, session)
+    assert sources(session) == ["cache", "decode"]
+    assert_exact(cm, session)
+    session.messages[2]["content"] = "What? " * 2 + "No."
+    cm.prepare(session)
+    assert_exact(cm, session)
+
+
+def test_a_whole_row_that_cannot_be_restored_leaves_the_prefix_shared(
+    whole: ContextManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = said("Who?")
+    whole.prepare(session)
+    whole.park(session)
+
+    def fails(self: LlamaContext, seq_id: int, blob: Any) -> None:
+        raise SnapshotError("llama_state_seq_set_data_ext", 0, "no cells")
+
+    monkeypatch.setattr(LlamaContext, "load_state", fails)
+    whole.prepare(session)
+    assert sources(session) == ["prefix", "decode"]
+    assert session.last_prepare is not None
+    assert session.last_prepare.n_reused == whole.prefix.n_tokens
+    assert_exact(whole, session)
+
+
+@pytest.mark.parametrize("call", ["remove", "copy"])
+def test_an_interrupt_while_the_prefix_is_shared_again_stays_exact(
+    whole: ContextManager, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    session = said("Who?")
+    whole.prepare(session)
+    whole.park(session)
+    real, hit = getattr(Sequences, call), []
+
+    def interrupted(self: Sequences, *args: Any) -> Any:
+        done = real(self, *args)
+        if args[-2:] == (0, whole.prefix.n_tokens):
+            hit.append(args)
+            raise KeyboardInterrupt
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sequences, call, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            whole.prepare(session)
+    assert hit
+    whole.check_integrity()
+    whole.prepare(session)
+    assert_exact(whole, session)

@@ -176,9 +176,17 @@ class Preparer:
         """Bring back what the plan takes from the cache; returns how many tokens."""
         restore = plan.restore
         started = time.perf_counter()
-        n = 0 if restore is None else self._snapshots.restore(seat.row, match, tokens, restore.p0, restore.p1)
-        if restore is not None and n:
-            stretches.append(Stretch("cache", restore.p0, restore.p0 + n, time.perf_counter() - started))
+        if restore is None:
+            return 0
+        n = self._snapshots.restore(seat.row, match, tokens, restore.p0, restore.p1)
+        restored = time.perf_counter()
+        again = plan.reshare
+        n_shared = 0 if again is None else self._store.share_again(again, seat.row)
+        if again is not None and n_shared:
+            stretches.append(Stretch(again.name, 0, n_shared, time.perf_counter() - restored))
+        n_more = seat.row.n - max(restore.p0, n_shared)
+        if n and n_more > 0:
+            stretches.append(Stretch("cache", seat.row.n - n_more, seat.row.n, restored - started))
         return n
 
     def preview(self, session: Session, conversation: Conversation) -> Preview:

@@ -55,9 +55,10 @@ class Costs:
         """Whether to share `n_tokens` with another row costs less than to decode them: one operation."""
         return self._is_less(1, 0, n_tokens)
 
-    def is_worth_restoring(self, n_tokens: int) -> bool:
-        """Whether to restore `n_tokens` costs less than to decode them: two operations, and their bytes."""
-        return self._is_less(2, n_tokens, n_tokens)
+    def is_worth_restoring(self, n_tokens: int, n_restored: int | None = None) -> bool:
+        """Whether to restore `n_tokens` costs less than to decode them: two operations, and their bytes (or those of
+        `n_restored`, where they come only with others)."""
+        return self._is_less(2, n_tokens if n_restored is None else n_restored, n_tokens)
 
     def _is_less(self, n_operations: int, n_restored: int, n_tokens: int) -> bool:
         decode = self.decode(n_tokens)

@@ -51,12 +51,17 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Keep `[0, n_keep)` of the own row, then share, then restore, then decode from `n_reused` on to `n_tokens`."""
+    """Keep `[0, n_keep)` of the own row, then share, then restore, then decode from `n_reused` on to `n_tokens`.
+
+    A restore of a whole row brings cells of its own for everything: `reshare` says what another row has, too, and is
+    shared with it once more afterwards.
+    """
 
     n_tokens: int
     n_keep: int
     share: Share | None = None
     restore: Restore | None = None
+    reshare: Share | None = None
 
     @property
     def n_live(self) -> int:
@@ -133,29 +138,30 @@ def make_plan(
     best: Share | None = None
     for source in others:
         p1 = min(common_prefix(source.tokens, target), most)
-        n_more = p1 - (n_keep if best is None else best.p1)
-        if n_more > 0 and can_be_cut(source, p1, caps) and costs.is_worth_sharing(p1 - n_keep):
+        if p1 > (0 if best is None else best.p1) and can_be_cut(source, p1, caps) and costs.is_worth_sharing(p1):
             best = Share(source.name, source.seq_id, 0, p1)
-    if best is None:
+    if best is None or best.p1 <= n_keep or not costs.is_worth_sharing(best.p1 - n_keep):
         plan = Plan(n, n_keep)
     elif caps.kind is MemoryKind.FULL and caps.unified:
         plan = Plan(n, n_keep, Share(best.name, best.seq_id, n_keep, best.p1))
     else:  # streams and states are shared as a whole, and a window must come from one row
         plan = Plan(n, 0, best)
-    return plan if cached is None else _with_cached(plan, cached, most, caps, costs)
+    return plan if cached is None else _with_cached(plan, best, cached, most, caps, costs)
 
 
-def _with_cached(plan: Plan, cached: Cached, most: int, caps: Capabilities, costs: Costs) -> Plan:
-    """The plan, with what the cache has beyond it."""
+def _with_cached(plan: Plan, best: Share | None, cached: Cached, most: int, caps: Capabilities, costs: Costs) -> Plan:
+    """The plan, with what the cache has beyond it. `best`: the longest that another row has."""
     n, p1 = plan.n_tokens, min(cached.n_tokens, most)
     if cached.n_tokens > most and cached.kind is BlobKind.STATE:
         if cached.has_logits:
             p1 = n
         elif caps.keeps_state:
             return plan  # its last token cannot be taken off again
+    is_range = cached.kind is BlobKind.RANGE
     n_more = p1 - plan.n_live
-    if n_more <= 0 or not costs.is_worth_restoring(n_more):
+    if n_more <= 0 or not costs.is_worth_restoring(n_more, n_more if is_range else p1):
         return plan
-    if cached.kind is BlobKind.RANGE:
+    if is_range:
         return Plan(n, plan.n_keep, plan.share, Restore(plan.n_live, p1))
-    return Plan(n, 0, None, Restore(0, p1))
+    can_reshare = caps.unified and not caps.keeps_state
+    return Plan(n, 0, None, Restore(0, p1), best if can_reshare else None)

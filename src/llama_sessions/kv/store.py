@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..errors import CapacityError, SnapshotError, StateError
 from ..report import Stretch
 from ..types import ByteArray, Capabilities, Context, FloatArray, MemoryKind, Run, TokenArray
-from .plan import Plan, Source, can_be_cut, first_seen
+from .plan import Plan, Share, Source, can_be_cut, first_seen
 from .row import Row, end_of
 from .sequences import Sequences
 
@@ -226,6 +226,25 @@ class RowStore:
             return False
         dst.suspect = None
         return True
+
+    def share_again(self, share: Share, row: Row) -> int:
+        """Give `row` the cells `[0, p1)` that a share says, in place of cells of its own with the same tokens, or at
+        the front of an empty row. Returns how many tokens it got; 0: where a window would be torn, or the row is empty.
+        """
+        src, n, p1 = self.rows[share.seq_id], row.n, share.p1
+        if not n:
+            return p1 if self.share(src, row, 0, p1) else 0
+        if not can_be_cut(self.source(src, share.name), p1, self.caps) or self.source(row, "row").first_pos > p1:
+            return 0
+        self.spoil(row, 0)
+        self.sequences.remove(row.seq_id, 0, p1)
+        self.sequences.copy(src.seq_id, row.seq_id, 0, p1)
+        row.write(0, src.tokens[:p1], src.cells[:p1])
+        if not self.is_as_booked(row):
+            self.cut(row, 0)
+            return 0
+        row.suspect = None
+        return p1
 
     def finish_pending(self) -> bool:
         """Let llama.cpp do what it has put off, by decoding a token in the scratch; whether nothing is pending."""

@@ -25,11 +25,12 @@ INTERRUPTED = """
     from oracle import oracle_for
     from llama_sessions import ContextManager, Engine, Session
 
-    name, seed, n_wanted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    name, seed, n_wanted, names = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4].split()
     rng = random.Random(seed)
     print(f"seed {seed}", flush=True)
     oracle = oracle_for(model_path(name))
-    cm = ContextManager.load(model_path(name), n_ctx=1024, max_sessions=4, n_threads=1, n_batch=32)
+    streams = {"kv_unified": False, "n_ctx": 6144} if "streams" in sys.argv[5:] else {"n_ctx": 1024}
+    cm = ContextManager.load(model_path(name), max_sessions=4, n_threads=1, n_batch=32, **streams)
     engine = Engine(cm)
     words = ["who", "are", "you", "what", "time", "is", "it", "tell", "me", "a", "story", "about", "the", "clock"]
 
@@ -69,15 +70,40 @@ INTERRUPTED = """
         cm.release(session)
         cm.prepare(session)
 
+    def come_back(session):
+        cm.park(session)
+        if session.n_past:
+            cm.logits(session)
+
+    def come_back_decoded(session):
+        cm.park(session)
+        cm.clear_radix()
+        if session.n_past:
+            cm.logits(session)
+
+    def crowd(session):
+        others = [Session() for _ in range(4)]
+        for other in others:
+            other.add_user(text(8))
+            cm.prepare(other)
+
+    def branch_and_park(session):
+        child = cm.fork(session)
+        cm.park(session)
+        cm.release(child)
+        if session.n_past:
+            cm.logits(session)
+
     def system(session):
         cm.set_system(rng.choice(["", text(10), text(40)]))
         cm.prepare(session)
 
     signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT))
-    deeds = [talk, next_turn, edit, stream, regenerate, branch, renew, system]
+    deeds = [globals()[each] for each in names]
     bystander = Session("")
     bystander.add_user("I only stand here.")
     cm.prepare(bystander)
+    cm.pin(bystander)
     standing = cm.logits(bystander).copy()
     session = Session()
     usual = {}
@@ -90,6 +116,7 @@ INTERRUPTED = """
         deed = rng.choice(deeds)
         said = [(m["role"], m["content"]) for m in session.messages]
         n_deeds += 1
+        before = cm.tokens(session)
         started = time.perf_counter()
         hit = False
         try:
@@ -111,6 +138,8 @@ INTERRUPTED = """
             assert [role for role, _ in now[len(said) :]] in ([], ["user", "assistant"]), (where, said, now)
         elif deed is regenerate and said and said[-1][0] == "assistant":  # the old reply, or a new one
             assert len(now) == len(said) and now[:-1] == said[:-1] and now[-1][0] == "assistant", (where, said, now)
+        elif deed in (come_back, come_back_decoded, crowd, branch_and_park):
+            assert np.array_equal(cm.tokens(session), before), where
         cm.check_integrity()
         assert np.array_equal(cm.logits(bystander), standing), where
         if not session.messages:
@@ -124,6 +153,7 @@ INTERRUPTED = """
     oracle.assert_exact(cm.logits(bystander), cm.tokens(bystander))
     cm.release(bystander)
     cm.release(session)
+    gc.collect()  # sessions in the frames of what was interrupted
     cm.check_integrity()
     assert cm.slots.n_free == 4, cm.describe()
     assert cm.stats().n_cells_unique == cm.prefix.n_tokens
@@ -132,9 +162,24 @@ INTERRUPTED = """
 """
 
 
+TALK = "talk next_turn edit stream regenerate branch renew system"
+PARK = "next_turn come_back come_back_decoded crowd branch_and_park"
+
+
 @pytest.mark.parametrize(("name", "n"), [("llama-bpe", 200), ("gemma3", 12), ("hybrid", 12)])
 def test_ctrl_c_at_random_moments_leaves_everything_exact(name: str, n: int) -> None:
-    out = run_child(INTERRUPTED, name, str(SEED), str(n), timeout=30)
+    out = run_child(INTERRUPTED, name, str(SEED), str(n), TALK, timeout=30)
+    assert f"\n{n} interrupts in " in out
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "options"),
+    [("llama-bpe", 60, ()), ("llama-bpe", 20, ("streams",)), ("gemma3", 8, ()), ("hybrid", 8, ())],
+)
+def test_ctrl_c_while_sessions_are_parked_and_come_back_loses_no_token(
+    name: str, n: int, options: tuple[str, ...]
+) -> None:
+    out = run_child(INTERRUPTED, name, str(SEED), str(n), PARK, *options, timeout=30)
     assert f"\n{n} interrupts in " in out
 
 
@@ -176,7 +221,20 @@ SWEEP = """
             session.add("assistant" if i % 2 else "user", text)
         return session
 
-    def life(cm, session):
+    def park(cm, session):
+        cm.prepare(session)
+        cm.park(session)
+        cm.logits(session)
+        others = [said("I am one."), said("I am two.")]
+        for other in others:
+            cm.prepare(other)  # the session is parked for the second
+        session.messages[0]["content"] = "Who else are you?"
+        cm.prepare(session)
+        cm.fork(session)
+        cm.set_system("Be long. " * 4, keep_cache=True)
+        cm.append(session, 65)
+
+    def talk(cm, session):
         cm.prepare(session)
         session.messages[0]["content"] = "Who else are you?"
         cm.prepare(session)
@@ -193,8 +251,9 @@ SWEEP = """
         with ContextManager.load(path, n_ctx=512, max_sessions=4, n_threads=1, n_batch=32) as cm:
             cm.set_system("Be brief.")
             bystander, neighbour = said("I only stand here."), said("Tell me about the clock.", "Yes.", "Do!")
-            cm.prepare(bystander)
-            cm.prepare(neighbour)
+            for each in (bystander, neighbour):
+                cm.prepare(each)
+                cm.pin(each)
             standing = cm.logits(bystander).copy()
             session, at = said("Who are you?"), At(file, n)
             sys.settrace(at)
@@ -220,8 +279,8 @@ SWEEP = """
                 raise AssertionError(f"after an interrupt in {file}, {at.hit}") from e
             return at
 
-    n_most = int(sys.argv[1])
-    for file in sys.argv[2:]:
+    n_most, life = int(sys.argv[1]), globals()[sys.argv[2]]
+    for file in sys.argv[3:]:
         n_lines = run(file, -1).n_lines
         assert n_lines > 20, (file, n_lines)
         points = sorted({int(n) for n in np.linspace(0, n_lines - 1, n_most)})
@@ -233,12 +292,20 @@ ACCOUNTING = ("kv/store.py", "kv/prefix.py", "kv/row.py", "seats.py", "stepper.p
 
 
 def test_an_interrupt_at_any_line_of_the_accounting_leaves_everything_exact() -> None:
-    out = run_child(SWEEP, "8", *ACCOUNTING, timeout=30)
+    out = run_child(SWEEP, "8", "talk", *ACCOUNTING, timeout=30)
     assert [line.split()[0] for line in out.splitlines()] == list(ACCOUNTING)
 
 
+PARKING = ("parking.py", "preparing.py", "kv/snapshot.py", "kv/cache.py", "kv/blob_store.py", "kv/sequences.py")
+
+
+def test_an_interrupt_at_any_line_of_parking_leaves_everything_exact() -> None:
+    out = run_child(SWEEP, "6", "park", *PARKING, timeout=30)
+    assert [line.split()[0] for line in out.splitlines()] == list(PARKING)
+
+
 def test_an_interrupt_at_any_line_of_the_slots_leaves_everything_exact() -> None:
-    run_child(SWEEP, "1000", "kv/slots.py", timeout=30)
+    run_child(SWEEP, "1000", "talk", "kv/slots.py", timeout=30)
 
 
 def test_an_interrupt_while_a_row_grows_leaves_it_as_it_was() -> None:

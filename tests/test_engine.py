@@ -124,6 +124,20 @@ def test_complete_that_fails_gives_its_slot_back(cm: ContextManager, engine: Eng
     assert cm.stats().slots_free == 4
 
 
+def test_a_reply_that_is_whole_is_returned_though_the_manager_was_closed_behind_it(
+    cm: ContextManager, engine: Engine
+) -> None:
+    chat = engine.chat
+
+    def and_closed(*args: Any, **options: Any) -> Any:
+        reply = chat(*args, **options)
+        cm.close()
+        return reply
+
+    engine.chat = and_closed  # type: ignore[method-assign]
+    assert engine.complete("Who?", max_tokens=2).n_generated
+
+
 # -- stream
 
 

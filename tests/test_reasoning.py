@@ -186,6 +186,9 @@ def test_a_result_for_an_unknown_call_is_refused() -> None:
     assert session.messages == []
 
 
+async def awaited() -> None: ...
+
+
 def calling(engine: Engine, session: Session, replies: list[str]) -> None:
     """Let the next replies of an engine be these."""
     scripts = iter(replies)
@@ -320,6 +323,8 @@ def test_a_result_that_json_does_not_know_is_told_as_text(load: Loader) -> None:
     ("functions", "tools", "message"),
     [
         ({"add": 1}, TOOLS, "the function 'add' must be callable"),
+        ([lambda: 1, lambda: 2], TOOLS, "two functions have one name"),
+        ({"add": awaited}, TOOLS, "the function 'add' is async"),
         (7, TOOLS, "functions must be a dict of callables, or a list of functions, not 7"),
         ({}, None, "the session offers no tools"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -84,7 +85,8 @@ class Engine:
         try:
             return self.chat(session, text, **options)
         finally:
-            self.cm.release(session)
+            with suppress(StateError):  # closed meanwhile: there is nothing to release, and the reply is whole
+                self.cm.release(session)
 
     def regenerate(self, session: Session, **options: Any) -> Reply:
         """Answer the last user message anew. The old reply comes back if this fails before its first token."""

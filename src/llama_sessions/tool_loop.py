@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -19,14 +20,20 @@ def checked_functions(functions: Functions) -> dict[str, Callable[..., Any]]:
         named = dict(functions)
     else:
         try:
-            named = {function.__name__: function for function in functions}
+            pairs = [(function.__name__, function) for function in functions]
         except (TypeError, AttributeError):
             raise OptionError(
                 f"functions must be a dict of callables, or a list of functions, not {functions!r}"
             ) from None
+        named = dict(pairs)
+        if len(named) < len(pairs):
+            names = ", ".join(name for name, _ in pairs)
+            raise OptionError(f"two functions have one name ({names}); pass a dict with the names the model knows")
     for name, function in named.items():
         if not isinstance(name, str) or not callable(function):
             raise OptionError(f"the function {name!r} must be callable, not {function!r}")
+        if inspect.iscoroutinefunction(function):
+            raise OptionError(f"the function {name!r} is async, and nobody awaits it here; pass one that returns")
     return named
 
 

@@ -505,6 +505,54 @@ def test_two_definitions_of_one_name_are_not_taken_for_each_other() -> None:
     assert "second" in gbnf_of_schema(clash)
 
 
+def takes(grammar: Grammar, vocab: LlamaVocab, text: str) -> bool:
+    """Whether a grammar takes a text, character by character, as a whole."""
+    for one in (int(t) for char in text for t in vocab.tokenize(char)):
+        if not grammar.allows(one):
+            return False
+        grammar.accept(one)
+    return grammar.allows(end(vocab))
+
+
+def test_of_many_values_each_is_taken_and_nothing_else(vocab: LlamaVocab) -> None:
+    odd: list[Any] = [
+        None,
+        True,
+        1,
+        10,
+        1.5,
+        -1,
+        "",
+        "a",
+        "aa",
+        "aab",
+        "é",
+        "日本",
+        'say "a"',
+        "a\\",
+        "a\n",
+        [1],
+        [1, 2],
+    ]
+    values = [*odd, *(f"n{i}" for i in range(120)), *odd, {"a": 1}, {"a": {"b": "}"}}]
+    grammars, gbnf = Grammars(vocab), gbnf_of_schema({"enum": values})
+    texts = {json.dumps(value, ensure_ascii=False) for value in values}
+    for text in texts:
+        assert takes(grammars.new(gbnf), vocab, text)
+    others = {text[:i] for text in texts for i in range(len(text))} | {text + more for text in texts for more in '01"]'}
+    for text in others - texts:
+        assert not takes(grammars.new(gbnf), vocab, text)
+
+
+def test_there_may_be_many_thousand_values(vocab: LlamaVocab) -> None:
+    values = [f"{word}-{i}" for i in range(2500) for word in ("red", "green", "blue")]
+    when = {"type": "string", "format": "date-time"}  # made of a rule `date` of its own
+    schema = {"properties": {"date": {"enum": values}, "when": when}, "required": ["date", "when"]}
+    grammar = Grammar(vocab, gbnf_of_schema(schema))
+    assert takes(grammar.clone(), vocab, '{"date": "green-2499", "when": "2024-02-03T04:05:06Z"}')
+    assert not takes(grammar, vocab, '{"date": "green-2500", "when": "2024-02-03T04:05:06Z"}')
+
+
 def test_required_properties_without_a_schema_are_there_all_the_same() -> None:
     plain = plain_schema('{"type": "object", "required": ["a"]}')
     assert plain.root == {"type": "object", "properties": {"a": {"type": "value"}}, "required": ["a"]}

@@ -15,9 +15,11 @@ from ..gbnf_rules import Chars
 from ..gbnf_text import read_gbnf
 from ..json_schema import MAX_LENGTH, plain_schema, schema_text
 from ..memo import Memo
+from ..tokenizing import n_common
 
 logger = logging.getLogger("llama_sessions")
 
+_MANY = 100  # values of an enum that are not written side by side
 _KEPT = 4 * 2**20  # characters of schemas whose grammars are remembered
 _grammars: Memo[str, str] = Memo(_KEPT, len)
 
@@ -75,12 +77,15 @@ class _Converter(SchemaConverter):  # type: ignore[misc]
         self._refs = definitions
 
     def visit(self, schema: dict[str, Any], name: str) -> Any:
+        own = f"{name}-" if name in RESERVED_NAMES else name or "root"
         if schema.get("type") == "string" and "minLength" in schema:
             # Its own way is a nested group for each character, of which llama.cpp takes 1000.
             high = schema.get("maxLength", "")
             char = self._add_primitive("char", PRIMITIVE_RULES["char"])
             rule = rf'"\"" {char}{{{schema["minLength"]},{high}}} "\"" space'
-            return self._add_rule(f"{name}-" if name in RESERVED_NAMES else name or "root", rule)
+            return self._add_rule(own, rule)
+        if len(schema.get("enum", ())) > _MANY:
+            return self._add_rule(own, _one_of([json.dumps(value, ensure_ascii=False) for value in schema["enum"]]))
         return super().visit(schema, name)
 
     def _add_rule(self, name: str, rule: str) -> Any:
@@ -96,8 +101,7 @@ class _Converter(SchemaConverter):  # type: ignore[misc]
 
     def _format_literal(self, literal: str) -> str:
         """A JSON text as a GBNF literal. The converter's own takes JSON's escapes for GBNF's."""
-        text = json.dumps(json.loads(literal), ensure_ascii=False)
-        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return _gbnf_literal(json.dumps(json.loads(literal), ensure_ascii=False))
 
     def _visit_pattern(self, pattern: str, name: str) -> Any:
         if self._raw_pattern:
@@ -118,6 +122,25 @@ class _Converter(SchemaConverter):  # type: ignore[misc]
                             "only escaped; leave it out of its classes"
                         )
         return super()._visit_pattern(plain, name)
+
+
+def _gbnf_literal(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _one_of(texts: list[str]) -> str:
+    """GBNF for any of some texts, what several begin with written once: llama.cpp follows all alternatives that the
+    text so far allows."""
+    alike: dict[str, list[str]] = {}
+    for text in texts:
+        alike.setdefault(text[0], []).append(text)
+    alternatives = []
+    for group in alike.values():
+        common = group[0][: n_common(min(group), max(group))]
+        rests = [text[len(common) :] for text in group if text != common]
+        optional = "?" if len(rests) < len(group) else ""
+        alternatives.append(_gbnf_literal(common) + (f" ({_one_of(rests)}){optional}" if rests else ""))
+    return " | ".join(alternatives)
 
 
 def _plain_pattern(pattern: str) -> str:

@@ -1214,3 +1214,20 @@ def test_an_interrupt_while_the_prefix_is_shared_again_stays_exact(
     whole.check_integrity()
     whole.prepare(session)
     assert_exact(whole, session)
+
+
+def test_a_return_for_which_llama_cpp_has_no_room_parks_nobody_of_the_same_step() -> None:
+    cm, context = fake()
+    live, parked = said("live"), said("parked")
+    cm.prepare(live)
+    cm.prepare(parked)
+    cm.park(parked)
+    cm.clear_radix()
+    tokens = cm.tokens(parked).tolist()
+    context.codes.append(1)
+    report = cm.step([NextToken(live, 65), NextToken(parked, 66)])
+    assert report.results[live].error is None
+    assert isinstance(report.results[parked].error, CapacityError)
+    assert cm.tokens(parked).tolist() == tokens
+    cm.append(parked, 66)
+    np.testing.assert_array_equal(cm.logits(parked), fresh_logits(cm.capabilities, cm.tokens(parked)))

@@ -309,7 +309,7 @@ class ContextManager:
         try:
             pending = self._preparer.resume(session, parked, holder, wants_logits=wants_logits, but=but)
             while not pending.done:
-                self._stepper.step_one(PromptChunk(pending, self._store.caps.n_batch), holder)
+                self._stepper.step_one(PromptChunk(pending, self._store.caps.n_batch), holder, but)
             pending.seat.n_prompt = parked.n_prompt
             self._parking.forget(session)
         finally:

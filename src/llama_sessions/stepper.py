@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,11 +52,12 @@ class Stepper:
         seconds = self._run(tasks, [item.session for item in work], results)
         return StepReport(results, sum([r.n_decoded for r in results.values()]), seconds)
 
-    def step_one(self, item: Work, holder: object | None) -> Row:
-        """The same with one piece of work; raises its error. Returns the row that it went into."""
+    def step_one(self, item: Work, holder: object | None, but: Sequence[Session] = ()) -> Row:
+        """The same with one piece of work; raises its error. Returns the row that it went into. `but`: who else is not
+        to be parked for it."""
         task, session = self._task(item, holder), item.session
         results: dict[Session, StepResult] = {}
-        self._run([task], [session], results)
+        self._run([task], [session, *but], results)
         error = results[session].error
         if error is not None:
             raise error

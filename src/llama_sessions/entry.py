@@ -44,7 +44,7 @@ class _Inside:
         entry.owner = threading.get_ident()
         try:
             log.capture.quiet = entry.quiet
-            if entry.closed or entry.is_gone:  # since this call began to wait
+            if entry.closed or entry.is_borrowed:  # what held when this call began to wait may not hold now
                 entry.check()
             if self.before is not None:
                 self.before()
@@ -79,6 +79,7 @@ class Entry:
     ) -> None:
         self.closed = False
         self._is_gone = is_gone
+        self.is_borrowed = is_gone is not None  # then whether it is there still is asked at each call
         self._closing = closing
         self.owner: int | None = None  # the thread inside; only a hint once an interrupt has hit the way out
         self._close_when_left = False
@@ -128,7 +129,7 @@ class Entry:
         `entry.change` publishes what happened at its end, `entry.use` does not. Two steps, as only a lock's own
         `with` cannot be hit by an interrupt between taking it and knowing so.
         """
-        if self._readers or self.closed or _process.pid != self._pid or self._is_gone is not None:
+        if self._readers or self.closed or _process.pid != self._pid or self.is_borrowed:
             self.check_may_change()
         if self._is_inside():
             raise StateError("the manager is in the middle of a call of this thread (a signal handler?); call it later")

@@ -124,7 +124,8 @@ class ContextManager:
         self._overview = Overview(
             self._store, self.slots, self.prefix, self._seats, self._preparer, self._parking, self._snapshots, options
         )
-        self._entry = Entry(self._seats.drain, self._leave, self._free, parts.is_gone, quiet=not options.log)
+        after = self._overview.publish if options.idle_park_after_s is None else self._sweep_and_publish
+        self._entry = Entry(self._seats.drain, after, self._free, parts.is_gone, quiet=not options.log)
         for name in _LATER:
             if name in given:
                 logger.info("option %s is accepted and checked; it takes effect in a later version", name)
@@ -509,8 +510,8 @@ class ContextManager:
         """Free what is ours: context and model of `load`. Sessions keep their messages. Again: nothing."""
         self._entry.close()
 
-    def _leave(self) -> None:
-        """At the end of each call that may have changed something."""
+    def _sweep_and_publish(self) -> None:
+        """At the end of each call that may have changed something, where idle sessions are parked."""
         self._parking.sweep()
         self._overview.publish()
 

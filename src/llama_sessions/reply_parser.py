@@ -25,7 +25,7 @@ Kind: TypeAlias = Literal["content", "thinking", "tool_call"]
 _ID_ALPHABET = string.ascii_letters + string.digits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, for the same reason as `Run`
 class Part:
     """A stretch of a reply: `text` of one kind, or (`kind` "tool_call", no text) news of a tool call."""
 

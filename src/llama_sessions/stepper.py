@@ -67,7 +67,10 @@ class Stepper:
         """Decode what there are cells for, without parking any of `sessions`; fills in `results`. The seconds of it."""
         store = self._store
         free = store.n_free_cells()
-        if free is not None and sum([len(task.tokens) for task in tasks]) > free:
+        n_tokens = 0
+        for task in tasks:
+            n_tokens += len(task.tokens)
+        if free is not None and n_tokens > free:
             tasks = self._with_cells(tasks, sessions, results)
         started = time.perf_counter()
         code = store.decode(tasks, partial(self._parking.park_one, sessions)) if tasks else 0
@@ -125,7 +128,8 @@ class Stepper:
         if seat is None:
             raise StateError("the session has no row; call prepare first")
         row = seat.row
-        self._store.reconcile(row)
+        if row.suspect is not None:
+            self._store.reconcile(row)
         session.n_past = row.n
         if isinstance(item, PromptChunk):
             pending = item.pending

@@ -118,7 +118,8 @@ class Row:
 
     def put(self, at: int, token: int, cell: int) -> None:
         """The same for one position."""
-        self._grow(at, at + 1)
+        if at >= len(self._arrays[2]):
+            self._grow(at, at + 1)
         self._arrays[2][at] = token
         self._arrays[3][at] = cell
 

@@ -25,6 +25,7 @@ class Batch:
         # Single values go in through these: less work than numpy's own indexing, once a token.
         arrays: tuple[Any, ...] = (self._token, self._pos, self._seq_id, self._logits)
         self._one: Any = [memoryview(array) for array in arrays]
+        self.wishes: memoryview = self._one[3]  # for the logits of each token that was put in last
         # One pointer a token, to its single sequence id.
         self._seq_ptr = self._seq_id.ctypes.data + 4 * np.arange(capacity, dtype=np.uintp)
 
@@ -58,7 +59,3 @@ class Batch:
             at += n
         self.native.n_tokens = at
         return at
-
-    def wants_logits(self, index: int) -> bool:
-        """Whether token `index` was put in with a wish for its logits."""
-        return bool(self._one[3][index])

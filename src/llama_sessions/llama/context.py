@@ -211,7 +211,7 @@ class LlamaContext:
         """(n_vocab,) float32 view of the logits of batch token `index`; valid until the next decode."""
         if not 0 <= index < self._n_decoded:
             raise StateError(f"no logits at batch index {index}: the last decode had {self._n_decoded} tokens")
-        if not self._batch.wants_logits(index):
+        if not self._batch.wishes[index]:
             raise StateError(f"no logits were asked for at batch index {index}")
         # Such an index is never refused, so there is no log line to catch.
         address = ctypes.addressof(llama_cpp.llama_get_logits_ith(self.handle, index).contents)

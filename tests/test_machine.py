@@ -76,10 +76,16 @@ class Conversations(RuleBasedStateMachine):
 
     def prepared(self, session: Session) -> None:
         """Prepare and compare; too long or no room is an honest answer, and leaves the row true."""
+        preview = self.cm.preview(session)
         try:
             n_past = self.cm.prepare(session)
         except CapacityError:
+            caps = self.cm.capabilities
+            # In a narrow window llama.cpp may find no room where by our count there is some.
+            assert not preview.fits or (caps.kind is MemoryKind.WINDOW and not caps.swa_full)
             return
+        assert preview.fits
+        assert n_past == preview.n_tokens
         assert n_past == session.n_past == len(self.cm.tokens(session))
         report = session.last_prepare
         assert report is not None

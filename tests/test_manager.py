@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from child import run_child
+from conversations import said
 from models import model_path
 from oracle import oracle_for
 
@@ -36,14 +37,6 @@ from llama_sessions.kv.radix import RadixTree
 from llama_sessions.llama.context import LlamaContext
 
 Loader = Callable[..., ContextManager]
-
-
-def said(*texts: str, **options: Any) -> Session:
-    """A session of user and assistant messages in turn."""
-    session = Session(**options)
-    for i, text in enumerate(texts):
-        session.add("assistant" if i % 2 else "user", text)
-    return session
 
 
 @pytest.fixture

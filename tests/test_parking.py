@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
-from models import model_path
-from oracle import oracle_for
+from conversations import Loader, assert_exact, over_fake, prepared, said, sources
 from scripted import only_text
 
 from llama_sessions import (
@@ -37,8 +36,6 @@ from llama_sessions.llama.context import LlamaContext
 from llama_sessions.planner import Planner
 from llama_sessions.testing import FakeContext, fake_parts, fresh_logits
 
-Loader = Callable[..., ContextManager]
-
 KINDS = {
     "full": ("llama-bpe", {}),
     "v transposed": ("llama-bpe", {"flash_attn": False}),
@@ -61,23 +58,6 @@ def open_kind(load: Loader, kind: str, **options: Any) -> ContextManager:
     cm = load(model, **{**settings, **options})
     cm.test_model = model  # type: ignore[attr-defined]
     return cm
-
-
-def said(*texts: str, namespace: str | None = None) -> Session:
-    session = Session(namespace=namespace)
-    for i, text in enumerate(texts):
-        session.add("user" if i % 2 == 0 else "assistant", text)
-    return session
-
-
-def sources(session: Session) -> list[str]:
-    assert session.last_prepare is not None
-    return [stretch.source for stretch in session.last_prepare.stretches]
-
-
-def assert_exact(cm: ContextManager, session: Session) -> None:
-    model = getattr(cm, "test_model", "llama-bpe")
-    oracle_for(model_path(model)).assert_exact(cm.logits(session), cm.tokens(session))
 
 
 # -- parking
@@ -157,9 +137,7 @@ def test_a_branch_of_a_parked_session_is_parked_and_costs_nothing(load: Loader) 
 
 def test_when_slots_run_out_the_least_recently_used_idle_session_is_parked(load: Loader) -> None:
     cm = load(max_sessions=3)
-    sessions = [said(f"{i} is my number. " * 3) for i in range(3)]
-    for session in sessions:
-        cm.prepare(session)
+    sessions = prepared(cm, *(f"{i} is my number. " * 3 for i in range(3)))
     cm.prepare(sessions[0])  # used again
     fourth = said("I am the fourth.")
     cm.prepare(fourth)
@@ -187,9 +165,7 @@ def test_neither_a_pinned_nor_a_generating_session_is_parked_by_itself(load: Loa
 
 def test_when_cells_run_out_idle_sessions_are_parked(load: Loader) -> None:
     cm = load(n_ctx=512, max_sessions=4)
-    sessions = [said(f"{i} and on and on. " * 8) for i in range(6)]
-    for session in sessions:
-        cm.prepare(session)
+    sessions = prepared(cm, *(f"{i} and on and on. " * 8 for i in range(6)))
     assert cm.stats().n_parked > 0
     for session in sessions:
         assert_exact(cm, session)
@@ -584,9 +560,9 @@ def test_without_a_scratch_whole_rows_are_kept(load: Loader) -> None:
 
 
 def fake(**options: Any) -> tuple[ContextManager, FakeContext]:
-    parts = fake_parts(n_ctx=600, max_sessions=2)
-    assert isinstance(parts.context, FakeContext)
-    return ContextManager.over(parts, **options), parts.context
+    cm = over_fake(**options)
+    assert isinstance(cm._store.context, FakeContext)
+    return cm, cm._store.context
 
 
 def test_an_interrupted_return_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,7 +588,7 @@ def test_an_interrupted_return_loses_no_token(monkeypatch: pytest.MonkeyPatch) -
     assert cm.tokens(session).tolist() == tokens
     cm.append(session, 90)
     assert cm.tokens(session).tolist() == [*tokens, 90]
-    np.testing.assert_array_equal(cm.logits(session), fresh_logits(cm.capabilities, cm.tokens(session)))
+    assert_exact(cm, session)
 
 
 def test_a_session_is_not_parked_at_the_end_of_its_own_long_decode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -631,9 +607,8 @@ def test_a_session_is_not_parked_at_the_end_of_its_own_long_decode(monkeypatch: 
 
 def test_a_prompt_stays_done_when_its_session_is_parked() -> None:
     cm, _ = fake()
-    first, second, third = said("a"), said("b"), said("c")
-    for session in (first, second):
-        cm.prepare(session)
+    third = said("c")
+    first, second = prepared(cm, "a", "b")
     pending = cm.begin(first)
     assert pending.done
     cm.prepare(third)
@@ -644,9 +619,7 @@ def test_a_prompt_stays_done_when_its_session_is_parked() -> None:
 
 def test_a_return_within_a_step_hurts_nobody_else_in_it() -> None:
     cm, _ = fake()
-    live, parked, other = said("live"), said("parked"), said("other")
-    for session in (parked, live, other):
-        cm.prepare(session)  # the first is parked for the third
+    parked, live, other = prepared(cm, "parked", "live", "other")  # the first is parked for the third
     cm.pin(other)
     report = cm.step([NextToken(live, 65), NextToken(parked, 66)])
     assert report.results[live].error is None
@@ -655,14 +628,12 @@ def test_a_return_within_a_step_hurts_nobody_else_in_it() -> None:
     cm.pin(other, False)
     report = cm.step([NextToken(live, 65), NextToken(parked, 66)])
     assert all(result.error is None for result in report.results.values())
-    np.testing.assert_array_equal(cm.logits(parked), fresh_logits(cm.capabilities, cm.tokens(parked)))
+    assert_exact(cm, parked)
 
 
 def test_what_a_prompt_restores_is_not_pushed_out_by_what_it_drops(load: Loader) -> None:
     cm = load(n_ctx=2048, n_batch=512, radix=RadixOptions(max_bytes=268 * 440))
-    small, first, second = said("charlie"), said("bravo " * 40 + "~" * 150), said("alpha " * 40 + "#" * 150)
-    for session in (small, first, second):
-        cm.prepare(session)
+    small, first, second = prepared(cm, "charlie", "bravo " * 40 + "~" * 150, "alpha " * 40 + "#" * 150)
     cm.release(small)
     cm.release(first)
     second.messages[0]["content"] = first.messages[0]["content"]
@@ -888,7 +859,7 @@ def test_the_row_that_a_prompt_shares_may_go_for_it() -> None:
     assert cm.preview(session).fits is True
     cm.prepare(session)
     assert cm.stats().n_parked == 1
-    np.testing.assert_array_equal(cm.logits(session), fresh_logits(cm.capabilities, cm.tokens(session)))
+    assert_exact(cm, session)
 
 
 def test_a_free_slot_is_taken_with_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,8 @@ INTERRUPTED = """
     def branch(session):
         child = cm.fork(session)
         for token in (65, 66):
-            if child.n_past:
+            # A stream that was hit takes its question back, and leaves half a prompt.
+            if child.n_past and session.messages:
                 cm.append(child, token)
 
     def renew(session):

@@ -30,6 +30,7 @@ from llama_sessions import (
 )
 from llama_sessions.kv import snapshot
 from llama_sessions.kv.costs import Costs
+from llama_sessions.kv.radix import RadixTree
 from llama_sessions.kv.sequences import Sequences
 from llama_sessions.kv.snapshot import Snapshots
 from llama_sessions.llama.context import LlamaContext
@@ -1025,11 +1026,41 @@ def test_a_lock_that_is_left_on_saved_kv_does_not_add_up(load: Loader) -> None:
     cm.prepare(session)
     cm.flush(session)
     match = cm._snapshots.match(None, cm.tokens(session))
-    cm._snapshots.hold(match)
+    cm._snapshots._cache.lock(match)  # type: ignore[union-attr]
     with pytest.raises(StateError, match="1 locks are left on saved KV"):
         cm.check_integrity()
     cm._snapshots._cache.unlock(match)  # type: ignore[union-attr]
     cm.check_integrity()
+
+
+@pytest.mark.parametrize("during", ["prepare", "flush"])
+@pytest.mark.parametrize("mended_by", ["check", "clear", "prepare"])
+def test_an_interrupt_on_the_way_to_unlock_leaves_no_lock(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, during: str, mended_by: str
+) -> None:
+    cm = load()
+    session = said("Who are you? " * 4)
+    cm.prepare(session)
+    cm.flush(session)
+    for i in range(20):
+        cm.append(session, 65 + i)
+
+    def interrupted(self: RadixTree[Any], node: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RadixTree, "unlock", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cm.flush(session) if during == "flush" else cm.prepare(said("Who are you? " * 4, "I am."))
+    assert cm._snapshots.problems() == ["1 locks are left on saved KV"]
+    if mended_by == "check":
+        cm.check_integrity()
+    elif mended_by == "clear":
+        cm.clear_radix()
+        assert cm.stats().radix.n_bytes == 0
+    else:
+        cm.prepare(session)
+    assert cm._snapshots.problems() == []
 
 
 def test_that_the_budget_keeps_nothing_is_said_once(load: Loader, caplog: pytest.LogCaptureFixture) -> None:

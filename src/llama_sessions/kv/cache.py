@@ -155,6 +155,11 @@ class RadixCache:
             self._store.settle()
             self._tree.unlock(match.node)
 
+    def unlock_all(self) -> None:
+        """Undo every lock: for an owner that knows that nobody holds one any more. O(nodes)."""
+        self._store.settle()
+        self._tree.unlock_all()
+
     def touch(self, match: KvMatch, *, n_hit: int, n_miss: int) -> None:
         """Record that `n_hit` tokens of a match were used, and that `n_miss` of the prompt had to be decoded."""
         self._store.settle()

@@ -212,6 +212,13 @@ class RadixTree(Generic[V]):
         self._leaves.changed(node)  # before it may go
         node.n_locks -= 1
 
+    def unlock_all(self) -> None:
+        """Undo every lock: for an owner that knows that nobody holds one any more. O(nodes)."""
+        self.mend()
+        for node in self.nodes():
+            while node.n_locks:
+                self.unlock(node)
+
     def evict(self, n_bytes: int, *, also_last: bool = True) -> list[V]:
         """Drop leaves, and what becomes a leaf, until `n_bytes` are free; returns the values that went.
 

@@ -78,6 +78,7 @@ class Snapshots:
         self._cache: RadixCache | None = None
         self._most_joined = 0  # bytes
         self._no_room = Notice()
+        self._holds = self._saves = False  # in the middle of it, or an interrupt was
         self._joined: ByteArray = np.empty(0, np.uint8)
         self.stats = RadixStats()
         """As of the last change; may be read from any thread."""
@@ -111,6 +112,7 @@ class Snapshots:
 
     def clear(self) -> int:
         """Forget what is saved, but for what one owner alone has; returns how many tokens went."""
+        self._mend_locks()
         n_tokens = 0 if self._cache is None else self._cache.clear()
         self._joined = np.empty(0, np.uint8)
         self._take_stock()
@@ -118,6 +120,7 @@ class Snapshots:
 
     def settle(self) -> None:
         """Mend what an interrupt left."""
+        self._mend_locks()
         self._count(self.nothing, 0, 0)
 
     @property
@@ -146,6 +149,8 @@ class Snapshots:
     def hold(self, match: KvMatch) -> None:
         """Keep what was found until `let_go`."""
         if self._cache is not None:
+            self._mend_locks()
+            self._holds = True
             self._cache.lock(match)
 
     def let_go(self, match: KvMatch, plan: Plan, n_restored: int) -> None:
@@ -153,7 +158,14 @@ class Snapshots:
         if self._cache is not None:
             if match.node is not None and match.node.n_locks:  # else an interrupt came before the hold
                 self._cache.unlock(match)
+            self._holds = False
             self._count(match, n_restored, plan.n_tokens - plan.n_live - n_restored)
+
+    def _mend_locks(self) -> None:
+        """Undo those that an interrupt left. Only where nobody is in the middle of a hold or a save."""
+        if self._cache is not None and (self._holds or self._saves):
+            self._cache.unlock_all()
+            self._holds = self._saves = False
 
     def _count(self, match: KvMatch, n_hit: int, n_miss: int) -> None:
         if self._cache is not None:
@@ -221,8 +233,12 @@ class Snapshots:
             return 0
         if store.caps.kind is MemoryKind.WINDOW and store.sequences.first(row.seq_id) > first_seen(row.n, store.caps):
             return 0  # another session's decode has taken part of its window
+        if not self._holds:
+            self._mend_locks()
+        self._saves = True
         try:
             inserted = self._cache.save(row.namespace, row.tokens.copy(), RowSaver(store, row, self._layout))
+            self._saves = False
         except SnapshotError as e:
             logger.warning("%d tokens of KV could not be saved and will be decoded again: %s", row.n, e)
             return 0

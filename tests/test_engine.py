@@ -350,27 +350,45 @@ def test_a_stop_string_that_the_last_token_completes_wins_over_length(cm: Contex
 
 
 def test_reaching_n_ctx_seq_ends_the_reply_with_length(load: Loader, oracle: Oracle) -> None:
+    """Where nothing can go: the question alone fills the context."""
     cm = load(n_ctx=256, max_sessions=2)
     session = Session()
-    reply = Engine(cm).chat(session, "Who?", logit_bias=only_text(cm))
+    n_frame = len(cm.renderer.render([{"role": "user", "content": "~"}]).tokens) - 1
+    reply = Engine(cm).chat(session, "~" * (256 - n_frame), logit_bias=only_text(cm))
     assert reply.stop_reason == "length"
-    assert session.n_past == 256 == reply.n_prompt + reply.n_generated - 1
+    assert (reply.n_generated, session.n_past) == (1, 256)
     assert session.messages[-1]["content"] == reply.text
     oracle.assert_exact(cm.logits(session), cm.tokens(session))
     cm.check_integrity()
     with pytest.raises(ContextOverflow):
-        Engine(cm).chat(session, "And now?")
+        Engine(cm).chat(session, "~" * 256)
     assert [m["role"] for m in session.messages] == ["user", "assistant"]
 
 
-def test_when_another_session_holds_the_cells_what_was_said_is_kept(load: Loader, oracle: Oracle) -> None:
+def test_when_another_session_holds_the_cells_the_own_past_gives_way(load: Loader) -> None:
     cm = load(n_ctx=256, max_sessions=2)
     other = Session()
     other.add_user("~" * 150)
     cm.prepare(other)
     cm.pin(other)
     logits = cm.logits(other).copy()
+    session = Session()
+    reply = Engine(cm).chat(session, "Who?", max_tokens=400, logit_bias=only_text(cm))
+    assert (reply.stop_reason, reply.n_generated) == ("length", 400)
+    assert cm.stats().n_evictions > 0
+    np.testing.assert_array_equal(cm.logits(other), logits)
+
+
+def test_when_another_session_holds_the_cells_what_was_said_is_kept(load: Loader, oracle: Oracle) -> None:
+    """And nothing of the own past can go."""
+    cm = load(n_ctx=256, max_sessions=2)
+    other = Session(namespace="other")  # which shares nothing
     session, shown = Session(), ""
+    n_frame = len(cm.renderer.render([{"role": "user", "content": "~"}]).tokens) - 1
+    other.add_user("~" * (256 - 2 * n_frame - len("Who?")))
+    cm.prepare(other)
+    cm.pin(other)
+    logits = cm.logits(other).copy()
     stream = Engine(cm).stream(session, "Who?", logit_bias=only_text(cm))
     with pytest.raises(CapacityError) as e:  # noqa: PT012
         for chunk in stream:
@@ -785,7 +803,7 @@ def test_a_stream_ended_early_keeps_what_was_said(cm: ContextManager, engine: En
 @pytest.mark.parametrize(
     ("outcome", "after"),
     [(outcome, after) for outcome in (KeyboardInterrupt(), MemoryError(), 2, -2, -3) for after in (False, True)]
-    + [(1, False), (-1, False)],
+    + [(-1, False)],
     ids=str,
 )
 def test_an_error_in_the_middle_keeps_what_was_said(

@@ -83,7 +83,7 @@ VARIANTS = [
 @pytest.fixture(params=VARIANTS, ids=str)
 def world(request: pytest.FixtureRequest, load: Callable[..., ContextManager]) -> World:
     variant = request.param
-    return World(load(variant.model, **variant.options), oracle_for(model_path(variant.model)))
+    return World(load(variant.model, headroom=0, **variant.options), oracle_for(model_path(variant.model)))
 
 
 def kept_its_row(session: Session, n_before: int) -> bool:

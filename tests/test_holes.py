@@ -18,6 +18,7 @@ from oracle import Oracle, oracle_for
 from llama_sessions import ContextManager, Session
 from llama_sessions.kv.holes import Holes
 from llama_sessions.kv.row import Row
+from llama_sessions.seats import Prompt
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
 HOLES = ((20, 45), (60, 61), (80, 110))
@@ -61,7 +62,7 @@ def begun(cm: ContextManager, text: str = TEXT) -> tuple[Session, Row]:
 def row_of(cm: ContextManager, session: Session) -> Row:
     seat = cm._seats.get(session, reading=True)
     assert seat is not None
-    seat.n_prompt = 0  # what is done here to rows nobody tells the manager
+    seat.prompt = Prompt()  # what is done here to rows nobody tells the manager
     return seat.row
 
 

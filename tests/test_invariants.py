@@ -285,11 +285,12 @@ def test_6_no_silent_cut_a_session_that_outgrew_its_context_keeps_row_and_messag
     session.add_user("more")
     cm.prepare(session)
     before, logits = cm.tokens(session), cm.logits(session).copy()
-    session.add_assistant("~" * 200)
-    session.add_user("more")
+    session.add_assistant("so be it")
+    session.add_user("~" * 300)
     with pytest.raises(ContextOverflow) as e:
         cm.prepare(session)
     assert e.value.needed == cm.preview(session).n_tokens > 256 == e.value.available
+    assert session.window == session.messages
     assert str(e.value.needed) in str(e.value)
     assert "raise n_ctx" in str(e.value)
     np.testing.assert_array_equal(cm.tokens(session), before)

@@ -21,14 +21,14 @@ errors types notice options generation_options
 report messages window session
 kv kv.row kv.slots
 kv.policy kv.node kv.leaves kv.radix kv.arena kv.blobs kv.blob_store kv.cache kv.segments
-kv.costs kv.plan kv.sequences kv.eviction
+kv.costs kv.plan kv.sequences kv.eviction kv.alignment
 memo marks spans stretches stops json_scan reply_format call_reader reply_parser writing tokenizing render
 gbnf_rules gbnf_text gbnf_readings gbnf json_schema
 llama llama.log llama.memory llama.batch llama.deep_stack llama.vocab llama.template llama.grammar llama.schema
 llama.model llama.sampler llama.snapshot llama.context
 kv.store kv.holes kv.prefix kv.snapshot
 reply speech thinking
-loading hooks prompts seats parking pending planner preparing stepper integrity overview entry
+loading hooks prompts layout seats parking pending planner evicting preparing stepper integrity overview entry
 manager generation stream together tool_loop stateless engine pool
 testing
 __init__

@@ -1436,14 +1436,6 @@ def test_nothing_is_printed_by_a_library(load: Loader, capfd: pytest.CaptureFixt
     assert (out, err) == ("", "")
 
 
-def test_an_option_whose_work_comes_later_says_so_once(load: Loader, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="llama_sessions")
-    load(headroom=16)
-    assert [r.getMessage() for r in caplog.records if "headroom" in r.getMessage()] == [
-        "option headroom is accepted and checked; it takes effect in a later version"
-    ]
-
-
 # -- check_integrity
 
 

@@ -853,7 +853,7 @@ def test_a_step_parks_for_what_can_be_had_and_for_nothing_else() -> None:
 
 def test_the_row_that_a_prompt_shares_may_go_for_it() -> None:
     """What is shared stays while its new owner has it: only the rest of the row is free by parking it."""
-    cm = ContextManager.over(fake_parts(n_ctx=300, max_sessions=4))
+    cm = ContextManager.over(fake_parts(n_ctx=300, max_sessions=4), headroom=0)
     source = said("~" * 100, "I am. ", "-" * 80)
     cm.prepare(source)
     session = said("~" * 100, "I am. ", "+" * 80)

@@ -265,11 +265,20 @@ def test_edits_of_the_list_and_of_its_messages_are_seen_through_the_window() -> 
 def test_replies_in_the_window_keep_their_ids_and_replacements_have_none() -> None:
     session = session_of("ab")
     reply = session.add_reply("c", [1, 2])
+    session.add_user("d")
     stand_in: list[Message] = [{"role": "assistant", "content": "summary"}]
     session.set_window(Window().without(session.messages, session.messages[:1], reported=True, replacements=stand_in))
-    assert [r and r.ids for r in session.replies(session.window)] == [None, None, (1, 2)]
+    assert [r and r.ids for r in session.replies(session.window)] == [None, None, (1, 2), None]
     session.set_window(session.window_state.without(session.messages, [reply], reported=True, replacements=[reply]))
-    assert [r and r.ids for r in session.replies(session.window)] == [(1, 2), None]
+    assert [r and r.ids for r in session.replies(session.window)] == [(1, 2), None, None]
+
+
+def test_a_window_whose_last_message_is_out_shows_everything_again() -> None:
+    session = evicted("abc", 0, 1)
+    assert said(session.window) == "c"
+    session.messages.pop()
+    assert said(session.window) == "ab"
+    assert session.window_state == Window()
 
 
 # -- pins
@@ -355,18 +364,18 @@ def test_a_pin_is_on_or_off() -> None:
 
 
 def test_a_copy_has_the_same_window_and_pins_over_its_own_dicts() -> None:
-    session = evicted("abcd", 1, 2, replacements="x", reported=True)
-    session.set_window(session.window_state.without(session.messages, session.messages[3:], reported=False))
+    session = evicted("abcde", 1, 2, replacements="x", reported=True)
+    session.set_window(session.window_state.without(session.messages, session.messages[3:4], reported=False))
     session.pin_message(0)
     twin = session.copy()
-    assert (said(twin.window), pins(twin), parts(twin.window_state)) == ("ax", "a", ("bcd", "x", "d"))
+    assert (said(twin.window), pins(twin), parts(twin.window_state)) == ("axe", "a", ("bcd", "x", "d"))
     assert all(any(m is own for own in twin.messages) for m in (*twin.window_state.out, *twin.pinned_messages()))
     for message in (*twin.messages, *twin.window_state.replacements):
         message["content"] = "changed"
-    assert (said(session.messages), said(session.window)) == ("abcd", "ax")
+    assert (said(session.messages), said(session.window)) == ("abcde", "axe")
     twin.reset_window()
     twin.pin_message(0, on=False)
-    assert (said(session.window), pins(session)) == ("ax", "a")
+    assert (said(session.window), pins(session)) == ("axe", "a")
 
 
 def test_a_copy_comes_with_its_dict_for_each_message_and_replacement() -> None:

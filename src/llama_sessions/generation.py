@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from .errors import OptionError, StateError
+from .errors import CapacityError, ContextOverflow, OptionError, StateError
 from .generation_options import GenerationOptions
 from .kv.row import Row
 from .llama.sampler import Sampler
@@ -68,6 +68,8 @@ class Generation:
         self._asked: Message | None = None
         self._partial: str | None = None  # what the message to continue said before
         self._pending: Pending | None = None
+        self._n_at_way = -1  # tokens there were when it last gave way
+        self._renewal: Pending | None = None  # of a reply that had to go on in a new window
         self._row: Row | None = None  # the pending prompt's
         self._n_prompt = 0
         self._opened_by_prompt = False  # the thinking, which no grammar is about
@@ -93,12 +95,14 @@ class Generation:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a token was chosen already."""
-        return bool(self._speech.tokens)
+        """Whether a token was chosen already, and nothing has to be decoded before the next but that."""
+        return bool(self._speech.tokens) and (self._renewal is None or self._renewal.done)
 
     @property
     def pending(self) -> Pending | None:
         """The prompt under way, or None before `start` and once it is decoded."""
+        if self._renewal is not None and not self._renewal.done:
+            return self._renewal
         if self._speech.tokens or self._pending is None or self._pending.done:
             return None
         return self._pending
@@ -185,6 +189,8 @@ class Generation:
     def work(self, n_tokens: int) -> Work | None:
         """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
         tokens, row = self._speech.tokens, self._row
+        if self._renewal is not None and not self._renewal.done:
+            return PromptChunk(self._renewal, n_tokens)
         if not tokens or row is None:
             pending = self._begun()
             return None if pending.done else PromptChunk(pending, n_tokens)
@@ -214,10 +220,39 @@ class Generation:
         parts = speech.push(token, vocab.piece(token))
         if speech.stopped:
             return self._last_chunks(token, parts, "stop_string")
-        at_the_wall = self._row is not None and self._most is not None and self._row.n >= self._most
-        if len(speech.tokens) >= self._options.max_tokens or at_the_wall:
+        if len(speech.tokens) >= self._options.max_tokens or not self._has_room():
             return self._last_chunks(token, parts, "length")
         return self._as_chunks(token, parts)
+
+    def _has_room(self) -> bool:
+        """Whether the row can take a token more, room made for it if need be."""
+        row, most = self._row, self._most
+        if row is None or most is None or (row.n < most and not row.offset):
+            return True
+        return self._cm.n_room(self.session) > 0 or self.makes_room()
+
+    def gives_way(self) -> bool:
+        """`makes_room` when cells have run out: once a token, or it might go on for nothing."""
+        n = len(self._speech.tokens)
+        again, self._n_at_way = self._n_at_way == n, n
+        return not again and self.makes_room()
+
+    def makes_room(self) -> bool:
+        """Whether something of the session's past could go: out of the row, or else in a window that begins anew, with
+        the reply so far in it. Many tokens at once, as that is dear."""
+        cm, session, tokens = self._cm, self.session, self._speech.tokens
+        most = self._most or 0
+        n_gone = cm.make_room(session, max(1, min(cm.headroom, most // 8) or most // 8), holder=self.holder)
+        if n_gone:
+            self._n_prompt -= n_gone
+            return True
+        try:
+            begun = cm.begin(session, holder=self.holder, continue_last=self._options.continue_last, reply=tokens)
+        except (ContextOverflow, CapacityError):
+            return False
+        self._renewal, self._row = begun, begun.row
+        self._n_prompt = begun.n_tokens - len(tokens)
+        return True
 
     def choose(self, logits: FloatArray) -> int | None:
         """The next token, by force or by the sampler, noted with its log-probability; for `chunks`."""

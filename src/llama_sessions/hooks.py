@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import OptionError
+from .messages import check_message
+from .options import checked_int
 from .session import Session
 from .types import Message
 
@@ -34,20 +36,45 @@ class Hooks:
         self._check(name)
         self._hooks.pop(name, None)
 
-    def before_encode(self, messages: list[Message], session: Session) -> list[Message]:
-        """What the template is to see. The hook gets copies; what it returns, or None for `messages` as they are."""
+    def before_encode(self, messages: list[Message], session: Session) -> list[tuple[Message, Message | None]]:
+        """What the template is to see, each beside the one of `messages` it was, or None for what the hook put in.
+
+        The hook gets copies. What comes back as it was is the original still: what is known beside its dict goes with
+        it. A copy that was changed is a new message in the place of the old one.
+        """
         hook = self._hooks.get("before_encode")
         if hook is None:
-            return messages
+            return [(m, m) for m in messages]
         copies = [dict(m) for m in messages]
         changed = hook(list(copies), session)
         if changed is None:
-            return messages
+            return [(m, m) for m in messages]
         if not isinstance(changed, list | tuple):
             raise OptionError(f"the before_encode hook must return a list of messages or None, not {changed!r}")
-        # What comes back as it was is the original still: what is known beside its dict goes with it.
         originals = {id(copy): message for copy, message in zip(copies, messages, strict=True)}
-        return [originals[id(m)] if id(m) in originals and originals[id(m)] == m else m for m in changed]
+        seen: list[tuple[Message, Message | None]] = []
+        for message in changed:
+            original = originals.pop(id(message), None)
+            seen.append((message if original is None or original != message else original, original))
+        return seen
+
+    def n_sink(self, session: Session, default: int) -> int:
+        """Tokens behind the system text that an eviction leaves in the row."""
+        hook = self._hooks.get("sink_fn")
+        return default if hook is None else checked_int("what the sink_fn hook returns", hook(session), 0)
+
+    def on_evict(self, dropped: list[Message], session: Session) -> list[Message]:
+        """What is to stand for the messages that go; the hook gets the session's own dicts."""
+        replacements = self._hooks["on_evict"](dropped, session)
+        if replacements is None:
+            return []
+        if not isinstance(replacements, list | tuple):
+            raise OptionError(f"the on_evict hook must return a list of messages or None, not {replacements!r}")
+        return [dict(check_message(m, f"message {i} of the on_evict hook")) for i, m in enumerate(replacements)]
+
+    @property
+    def watches_evictions(self) -> bool:
+        return "on_evict" in self._hooks
 
     def on_progress(self, done: int, total: int, session: Session) -> bool:
         """Whether to go on; only False itself says no."""

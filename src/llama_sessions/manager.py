@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from .entry import Entry
 from .errors import Cancelled, LlamaSessionsError, OptionError, StateError
+from .evicting import Asking, Evictor
 from .hooks import Hooks
 from .integrity import check
 from .kv.plan import NOTHING
@@ -26,7 +28,7 @@ from .parking import Parking
 from .pending import NextToken, Pending, PromptChunk, Work
 from .planner import check_length
 from .preparing import Preparer
-from .prompts import Conversation, Prompter, said_of
+from .prompts import Prompter, said_of
 from .render import Renderer
 from .reply_format import ReplyFormat
 from .report import Preview, Stats, StepReport, StepResult
@@ -39,7 +41,6 @@ logger = logging.getLogger("llama_sessions")
 
 T = TypeVar("T")
 
-_LATER = ("on_evict", "sink_fn", "headroom", "n_sink", "eviction", "overflow")
 _NO_TOKENS = np.empty(0, np.int32)
 
 
@@ -56,7 +57,7 @@ class ContextManager:
 
     def __init__(self, ctx: Any, vocab: Any, *, chat_template: str | None = None, **options: Any) -> None:
         checked = ManagerOptions.build(options)
-        self._start(adopt_parts(ctx, vocab, chat_template), checked, options)
+        self._start(adopt_parts(ctx, vocab, chat_template), checked)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, chat_template: str | None = None, **options: Any) -> ContextManager:
@@ -97,10 +98,10 @@ class ContextManager:
     def over(cls, parts: Parts, **options: Any) -> ContextManager:
         """A manager over ready-made parts: the door for `testing.fake_parts`, and for backends of your own."""
         self = cls.__new__(cls)
-        self._start(parts, ManagerOptions.build(options), options)
+        self._start(parts, ManagerOptions.build(options))
         return self
 
-    def _start(self, parts: Parts, options: ManagerOptions, given: dict[str, Any]) -> None:
+    def _start(self, parts: Parts, options: ManagerOptions) -> None:
         caps = parts.context.capabilities
         self.options = options
         self.headroom = options.headroom_for(caps.n_ctx_seq)
@@ -119,16 +120,24 @@ class ContextManager:
         raw = Renderer(Untemplated(), parts.vocab, trusts_all=True)
         self._prompter = Prompter(renderer, raw, self.prefix, self._hooks, caps.fingerprint)
         self._reply_format = ReplyFormat.of(getattr(parts.formatter, "text", ""))
-        self._preparer = Preparer(self._store, self._seats, self.prefix, self._prompter, self._snapshots, self._parking)
+        self._evictor = Evictor(self._store, options, self._prompter, self._hooks)
+        self._preparer = Preparer(
+            self._store, self._seats, self.prefix, self._prompter, self._snapshots, self._parking, self._evictor
+        )
         self._stepper = Stepper(self._store, self._seats, self._parking)
         self._overview = Overview(
-            self._store, self.slots, self.prefix, self._seats, self._preparer, self._parking, self._snapshots, options
+            self._store,
+            self.slots,
+            self.prefix,
+            self._seats,
+            self._preparer,
+            self._parking,
+            self._snapshots,
+            options,
+            self._evictor,
         )
         after = self._overview.publish if options.idle_park_after_s is None else self._sweep_and_publish
         self._entry = Entry(self._seats.drain, after, self._free, parts.is_gone, quiet=not options.log)
-        for name in _LATER:
-            if name in given:
-                logger.info("option %s is accepted and checked; it takes effect in a later version", name)
 
     def __enter__(self) -> ContextManager:
         self._entry.check()
@@ -178,8 +187,6 @@ class ContextManager:
         """Set `before_encode`, `on_evict`, `sink_fn` or `on_progress`; OptionError for another name."""
         with self._entry.gate(), self._entry.change:
             self._hooks.set(name, fn)
-        if name in _LATER:
-            logger.info("the hook %s is accepted; it is called from a later version on", name)
 
     def clear_hook(self, name: str) -> None:
         """Remove a hook; OptionError for an unknown name."""
@@ -217,23 +224,59 @@ class ContextManager:
 
     # -- prepare: begin, then steps
 
-    def begin(self, session: Session, *, holder: object | None = None, continue_last: bool = False) -> Pending:
-        """`prepare` without the decoding: render, plan, cut and share. `step` decodes the rest, chunk by chunk.
+    def begin(
+        self,
+        session: Session,
+        *,
+        holder: object | None = None,
+        continue_last: bool = False,
+        reply: Sequence[int] = (),
+    ) -> Pending:
+        """`prepare` without the decoding: render, plan, evict, cut and share. `step` decodes the rest, chunk by chunk.
 
         `continue_last`: the prompt ends within the last message, which is the assistant's, instead of with a reply
-        header. Nothing is touched before the plan is whole. Raises ContextOverflow (the session is too long),
-        NoFreeSlot, CapacityError (cells), TemplateError, OptionError; the row is then as before.
+        header. `reply`: tokens behind the prompt, said already; of these, too, the first may have to go. Nothing is
+        touched before the plan is whole. Raises ContextOverflow (the session is too long, and nothing more can go),
+        NoFreeSlot, CapacityError (cells), TemplateError, OptionError, and what a hook raises; row and window are then
+        as before.
         """
-        conversation = self._asked(session, holder, continue_last=continue_last)
-        with self._entry.gate(), self._entry.change:
-            return self._preparer.begin(session, conversation, holder)
-
-    def _asked(self, session: Session, holder: object | None, *, continue_last: bool = False) -> Conversation:
-        """The conversation, after `before_encode`: the hook may use the manager, so it runs before the lock and the
-        plan."""
         self._entry.check_may_change()
         self._seats.get(session, holder)
-        return self._prompter.conversation(session, continue_last=continue_last)
+        return self._begin(session, holder, continue_last=continue_last, reply=reply, anew=bool(len(reply)))
+
+    def _begin(
+        self,
+        session: Session,
+        holder: object | None,
+        *,
+        continue_last: bool = False,
+        reply: Sequence[int] = (),
+        anew: bool = False,
+    ) -> Pending:
+        """Hooks may use the manager, so they run outside of the lock, and before the plan."""
+        asking = self._asking(session, continue_last=continue_last, reply=reply, anew=anew)
+        if self._evictor.has_to_report(session):
+            asking = self._evictor.report(asking, session)
+        while True:
+            with self._entry.gate(), self._entry.change:
+                answer = self._preparer.begin(session, asking, holder)
+            if isinstance(answer, Pending):
+                return answer
+            asking = self._evictor.report(answer, session)
+
+    def _asking(
+        self, session: Session, *, continue_last: bool = False, reply: Sequence[int] = (), anew: bool = False
+    ) -> Asking:
+        window = session.window_state
+        return Asking(
+            self._prompter.conversation(session, window, continue_last=continue_last),
+            window,
+            self._evictor.n_sink(session),
+            np.asarray(reply, np.int32),
+            # A reply that goes on needs some room to go on into.
+            max(self.headroom, self.n_ctx_seq // 8) if len(reply) else self.headroom,
+            anew or self.options.overflow == "reprefill",
+        )
 
     def prepare(self, session: Session) -> int:
         """Bring the row to exactly system prompt + history + reply header, with fresh logits; returns `n_past`.
@@ -242,12 +285,19 @@ class ContextManager:
         `on_progress` in between (False raises Cancelled; what was decoded stays). An empty conversation leaves the
         prefix. Sets `session.n_past` and `session.last_prepare`. Raises what `begin` raises, and DecodeError.
         """
+        return self._prepare(session)
+
+    def rebuild(self, session: Session) -> int:
+        """`prepare`, and nothing approximate is left: what follows an eviction is decoded anew. Returns `n_past`."""
+        return self._prepare(session, anew=True)
+
+    def _prepare(self, session: Session, *, anew: bool = False) -> int:
         self._entry.check_may_change()
         self._seats.get(session)
         with self._entry.reading():
             turn = self._seats.turn(session)
         with turn:
-            pending = self.begin(session)
+            pending = self._begin(session, None, anew=anew)
             self.ask_progress(pending)
             while not pending.done:
                 self.step_one(PromptChunk(pending, self._store.caps.n_batch))
@@ -268,9 +318,9 @@ class ContextManager:
         """What `prepare` would do now. Renders and plans (and asks `before_encode`); no token is decoded or dropped."""
         self._entry.check()
         self._seats.get(session, reading=True)
-        conversation = self._prompter.conversation(session)
+        asking = self._asking(session)
         with self._entry.reading():
-            return self._preparer.preview(session, conversation)
+            return self._preparer.preview(session, asking)
 
     # -- step
 
@@ -311,7 +361,7 @@ class ContextManager:
             pending = self._preparer.resume(session, parked, holder, wants_logits=wants_logits, but=but)
             while not pending.done:
                 self._stepper.step_one(PromptChunk(pending, self._store.caps.n_batch), holder, but)
-            pending.seat.n_prompt = parked.n_prompt
+            pending.seat.prompt = parked.prompt
             self._parking.forget(session)
         finally:
             session.n_past = len(parked.tokens)
@@ -393,8 +443,8 @@ class ContextManager:
         """
         with self._entry.gate(), self._entry.change:
             seat = self._seats.get(session, reading=True)
-            twin = session.copy()
-            if self._parking.park_twin(session, twin) or seat is None:
+            twin, copies = session.copy_with_map()
+            if self._parking.park_twin(session, twin, copies) or seat is None:
                 return twin
             self._store.reconcile(seat.row)
             self._parking.make_way(NOTHING, with_slot=True, but=(session,))
@@ -404,7 +454,7 @@ class ContextManager:
                 if seat.row.logits is not None:
                     child.row.logits = self._store.logits(seat.row).copy()
                 twin.n_past = child.row.n
-                child.n_prompt, child.said = seat.n_prompt, seat.said  # half a prompt is half a prompt there, too
+                child.prompt = seat.prompt.of_copies(copies)  # half a prompt is half a prompt there, too
                 twin.last_prepare = session.last_prepare
             return twin
 
@@ -452,12 +502,31 @@ class ContextManager:
         """Whether a session is never parked by itself."""
         return self._parking.is_pinned(session)
 
-    def make_room(self, session: Session, n_needed: int) -> int:
-        """Tokens taken out of the row to make room: none yet, so 0. OptionError for a negative `n_needed`."""
+    def n_room(self, session: Session) -> int:
+        """Tokens that the session's row can still take, by its own length. Without a lock: a hint while others work."""
+        seat = self._seats.get(session, reading=True)
+        n = self._store.n_room(seat.row) if seat is not None else self._store.caps.n_row_max
+        return 2**31 - 1 if n is None else n
+
+    def make_room(self, session: Session, n_needed: int, *, holder: object | None = None) -> int:
+        """Take at least `n_needed` tokens out of the row, or as many as can go; returns how many went.
+
+        What goes is chosen as `prepare` does, and after all of that the beginning of the reply that is under way. By a
+        shift, else a gap, else not at all (0): with `overflow="reprefill"`, where positions end, on memory that cannot,
+        or if nothing is prepared. Nothing is rendered and no `on_evict` called: the messages that go leave the
+        session's window, and the next `prepare` hands them to it. What follows the hole is approximate then.
+        OptionError for a negative `n_needed`.
+        """
         checked_int("n_needed", n_needed, 0)
+        self._entry.check_may_change()
+        self._seats.get(session, holder)
+        n_sink = self._evictor.n_sink(session)
         with self._entry.gate(), self._entry.change:
-            self._seats.get(session)
-            return 0
+            self._bring_back(session, holder, wants_logits=False)
+            seat = self._seats.get(session, holder)
+            if seat is None or not n_needed:
+                return 0
+            return self._preparer.make_room(session, seat, n_needed, n_sink)
 
     def clear_radix(self) -> None:
         """Forget saved KV, but for what one parked session alone owns."""
@@ -477,7 +546,7 @@ class ContextManager:
         """The row's tail is what the assistant said: whoever takes that back drops something worth keeping."""
         seat = self._seats.get(session, reading=True)
         if seat is not None:
-            seat.said = (*seat.said, said_of(message))
+            seat.prompt = replace(seat.prompt, said=(*seat.prompt.said, said_of(message)))
 
     def let_go(self, session: Session, holder: object) -> None:
         """End a `hold`. Never waits, never raises: it may be called from a finaliser."""

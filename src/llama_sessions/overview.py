@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .evicting import Evictor
 from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .kv.snapshot import Snapshots
@@ -29,6 +30,7 @@ class Overview:
     parking: Parking
     snapshots: Snapshots
     options: ManagerOptions
+    evictor: Evictor
     _counts: tuple[int | float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class Overview:
             prefix_cached=n_prefix > 0,
             n_sink=options.n_sink,
             eviction=options.eviction if isinstance(options.eviction, str) else "custom",
+            n_evictions=self.evictor.n_evictions,
+            n_tokens_evicted=self.evictor.n_tokens,
             radix=self.snapshots.stats,
             n_sessions=len(self.seats),
             n_parked=len(self.parking),
@@ -94,7 +98,9 @@ class Overview:
             pinned = ", pinned" if self.parking.is_pinned(session) else ""
             space = "" if seat.row.namespace is None else f", namespace {seat.row.namespace!r}"
             n = len(session.messages)
-            lines.append(f"  slot {seat.row.seq_id:5d} {seat.row.n:6d} tokens, {n} messages, {state}{pinned}{space}")
+            rough = "" if seat.row.is_exact else f", approximate from token {seat.row.n_exact}"
+            what = f"{seat.row.n:6d} tokens{rough}, {n} messages"
+            lines.append(f"  slot {seat.row.seq_id:5d} {what}, {state}{pinned}{space}")
         if s.n_parked:
             lines.append(f"  {s.n_parked} parked")
         if s.radix.max_bytes:

@@ -5,29 +5,36 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from .errors import NoFreeSlot, OptionError
 from .kv.plan import Plan
-from .kv.row import Row
+from .kv.row import Jumps, Row
 from .kv.slots import Slots
 from .kv.snapshot import Snapshots
 from .kv.store import RowStore, no_cells
 from .notice import Notice
-from .seats import Seat, Seats
+from .seats import Prompt, Seat, Seats
 from .session import Session
-from .types import TokenArray
+from .types import Message, TokenArray
 
 logger = logging.getLogger("llama_sessions")
 
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """A session without a row: the (n,) int32 `tokens` that its row held, of which `n_prompt` were the last prompt."""
+    """A session without a row: the (n,) int32 `tokens` that its row held, and for which `prompt`.
+
+    An approximate row, of which `n_exact` tokens and `jumps` say how, is kept as it was under the number `owner`.
+    """
 
     tokens: TokenArray
-    n_prompt: int
+    prompt: Prompt
+    owner: int | None = None
+    namespace: str | None = None
+    n_exact: int = 0
+    jumps: Jumps = ()
 
 
 class Parking:
@@ -48,6 +55,8 @@ class Parking:
         self._refused = Notice()
         self._parked: weakref.WeakKeyDictionary[Session, Parked] = weakref.WeakKeyDictionary()
         self._pinned: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._private: set[int] = set()  # numbers of the rows that are kept as they were
+        self._n_private = 0
 
     def __len__(self) -> int:
         return len(self._parked)
@@ -58,7 +67,10 @@ class Parking:
 
     def forget(self, session: Session) -> bool:
         """It is parked no more; whether it was."""
-        return self._parked.pop(session, None) is not None
+        parked = self._parked.pop(session, None)
+        if parked is not None and parked.owner is not None:
+            self._forget_rows()
+        return parked is not None
 
     def pin(self, session: Session, on: bool) -> None:
         """Never park a session by itself, or do so again."""
@@ -72,18 +84,45 @@ class Parking:
 
     def park(self, session: Session, seat: Seat) -> None:
         """Save what is not saved yet, give the row up, remember its tokens."""
-        self._snapshots.keep(seat.row)
+        row = seat.row
+        self._snapshots.keep(row)
         if session not in self._parked:  # else its return did not finish: what it had is known better
-            tokens = seat.row.tokens.copy()
+            tokens = row.tokens.copy()
             tokens.flags.writeable = False
-            self._parked[session] = Parked(tokens, seat.n_prompt)
+            self._parked[session] = Parked(tokens, seat.prompt, self._kept(row), row.namespace, row.n_exact, row.jumps)
         self._seats.leave(session, seat)
 
-    def park_twin(self, session: Session, twin: Session) -> bool:
-        """Let the branch of a parked session be parked like it; whether it was parked."""
+    def _kept(self, row: Row) -> int | None:
+        """The number under which a row that nobody can compute again is kept, if it has to be and can be."""
+        if row.is_exact:
+            return None
+        self._forget_rows()
+        self._n_private += 1
+        self._private.add(self._n_private)
+        return self._n_private if self._snapshots.keep_private(self._n_private, row) else None
+
+    def _forget_rows(self) -> None:
+        """Of sessions that are gone, or have theirs again."""
+        wanted = {parked.owner for parked in list(self._parked.values())}
+        for owner in self._private - wanted:
+            self._snapshots.drop_private(owner)
+            self._private.discard(owner)
+
+    def restore(self, session: Session, parked: Parked, but: Collection[Session] = ()) -> Seat:
+        """A seat whose row is as it was, or, where that is not kept, empty."""
+        self.make_way(Plan(len(parked.tokens), 0), with_slot=True, but=but)
+        seat = self._seats.take(session)
+        if parked.owner is not None and seat.row.namespace == parked.namespace:
+            self._snapshots.restore_private(parked.owner, seat.row, parked.tokens, parked.n_exact, parked.jumps)
+            seat.prompt = parked.prompt
+        return seat
+
+    def park_twin(self, session: Session, twin: Session, copies: Mapping[int, Message]) -> bool:
+        """Let the branch of a parked session be parked like it; whether it was parked. `copies`: its messages, by the
+        ids of the originals."""
         parked = self._parked.get(session)
         if parked is not None:
-            self._parked[twin] = parked
+            self._parked[twin] = replace(parked, prompt=parked.prompt.of_copies(copies))
             twin.n_past = len(parked.tokens)
         return parked is not None
 

@@ -10,33 +10,32 @@ from .render import Rendered
 from .report import PrepareReport, Stretch
 from .seats import Seat
 from .session import Session
-from .types import TokenArray
+from .types import Message, TokenArray
 
 
 @dataclass(eq=False)
 class Pending:
     """A `prepare` under way: planned and applied, not decoded yet. Void once the session is begun again.
 
-    `rendered`: the whole prompt; `n_reused` of its tokens were there already. `is_return`: no prompt of the user's, but
-    a parked row on its way back.
+    `tokens`: (n,) int32, what the row is to hold; `n_reused` of them were there already. `rendered`: the prompt, of
+    which that is all unless something had to go: then `n_evicted` tokens, `dropped` messages. `is_return`: no prompt of
+    the user's, but a parked row on its way back.
     """
 
     session: Session
+    tokens: TokenArray
     rendered: Rendered
     seat: Seat
     number: int
     n_reused: int
     wants_logits: bool
     stretches: list[Stretch]
+    n_evicted: int = 0
+    dropped: tuple[Message, ...] = ()
     started: float = field(default_factory=time.perf_counter)
     decode_seconds: float = 0.0
     is_return: bool = False
     is_whole: bool = False  # once it is, it stays so, wherever the row goes then
-
-    @property
-    def tokens(self) -> TokenArray:
-        """(n,) int32, the whole prompt."""
-        return self.rendered.tokens
 
     @property
     def row(self) -> Row:
@@ -78,6 +77,9 @@ class Pending:
             n_decoded=n_decoded,
             stretches=tuple(stretches),
             seconds=time.perf_counter() - self.started,
+            n_evicted=self.n_evicted,
+            dropped=self.dropped,
+            exact=self.row.is_exact,
         )
 
 

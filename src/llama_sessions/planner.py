@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from .errors import ContextOverflow
@@ -29,9 +31,10 @@ class Planner:
         *,
         wants_logits: bool,
         cached: Cached | None = None,
+        exactly: bool = False,
     ) -> Plan:
-        """`row`: the session's own, of use where it is true and of the namespace. ContextOverflow where the prompt is
-        longer than a row can be."""
+        """`row`: the session's own, of use where it is true and of the namespace; `exactly`: as far as it is exact.
+        ContextOverflow where the prompt is longer than a row can be."""
         store = self._store
         check_length(store, len(tokens), "the conversation")
         if row is not None and (row.suspect is not None or row.namespace != namespace):
@@ -48,7 +51,15 @@ class Planner:
         ]
         has_logits = row is not None and row.logits is not None
         wanted = Wanted(tokens, has_logits=has_logits, wants_logits=wants_logits)
-        return make_plan(wanted, own, others, store.caps, cached=cached, costs=store.sequences.costs)
+        if row is None or row.is_exact:
+            return make_plan(wanted, own, others, store.caps, cached=cached, costs=store.sequences.costs)
+        # What follows an eviction goes on as it is: nothing of another's can be put on it. Unless that gets as far.
+        plan = make_plan(wanted, own, (), store.caps)
+        exact = replace(own, tokens=own.tokens[: row.n_exact], jumps=())
+        wanted = replace(wanted, has_logits=False)
+        anew = make_plan(wanted, exact, others, store.caps, cached=cached, costs=store.sequences.costs)
+        fits = store.caps.n_ctx_train >= row.offset + len(tokens)
+        return anew if exactly or not fits or anew.n_decode <= plan.n_decode else plan
 
 
 def check_length(store: RowStore, n: int, what: str) -> None:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .errors import CapacityError
+from .errors import CapacityError, SnapshotError
+from .evicting import Asking, Evictor, Kept
 from .kv.plan import Plan
 from .kv.prefix import Prefix
 from .kv.snapshot import Snapshots
 from .kv.store import RowStore
 from .parking import Parked, Parking
 from .pending import Pending
-from .planner import Planner
-from .prompts import Conversation, Prompter, Said, said_in
+from .planner import Planner, check_length
+from .prompts import Prompter, Said, said_in
 from .render import Rendered
 from .report import Preview, Stretch
-from .seats import Seat, Seats
+from .seats import Prompt, Seat, Seats
 from .session import Session
 from .types import TokenArray
 
@@ -47,6 +48,7 @@ class Preparer:
         prompter: Prompter,
         snapshots: Snapshots,
         parking: Parking,
+        evictor: Evictor,
     ) -> None:
         self._store = store
         self._seats = seats
@@ -54,19 +56,86 @@ class Preparer:
         self._prompter = prompter
         self._snapshots = snapshots
         self._parking = parking
+        self._evictor = evictor
         self._planner = Planner(store, seats, prefix)
         self.n_tokens_reused = 0
         self.seconds = 0.0
 
-    def begin(self, session: Session, conversation: Conversation, holder: object | None) -> Pending:
-        """Nothing is touched before the plan is whole. Then the session has a seat, and its row what is reused."""
+    def begin(self, session: Session, asking: Asking, holder: object | None) -> Pending | Asking:
+        """Nothing is touched before the plan is whole. Then the session has a seat, and its row what is reused.
+
+        What is too long comes back as what is to be asked next, once the messages that go have been reported.
+        """
         started = time.perf_counter()
-        seat = self._seats.get(session, holder)
-        rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered)
-        wants_logits = not conversation.is_empty
-        pending = self._start(session, rendered, wants_logits, said_in(session, conversation), holder, started)
+        seat = self._true_seat(session, holder)
+        if seat is None:
+            seat = self._returned(session)
+        conversation = asking.conversation
+        rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.prompt.rendered)
+        layout, asking = self._evictor.layout(asking, rendered, seat)
+        narrowed = self._evictor.narrowed(session, asking, rendered, layout)
+        if narrowed is not None:
+            return narrowed
+        tokens = layout.alignment.tokens
+        check_length(self._store, len(tokens), "the conversation")
+        if asking.kept is not None and seat is not None:
+            self._cut_out(session, seat, asking.kept, len(tokens))
+        bent = None if layout.alignment.is_straight else layout
+        prompt = Prompt(len(tokens), rendered, said_in(session, conversation), conversation, bent)
+        pending = self._start(session, tokens, prompt, not conversation.is_empty, holder, started, asking=asking)
+        if asking.window is not session.window_state:
+            session.set_window(asking.window)
+        self._evictor.count(asking.n_evicted)
         session.forget_appended()
         return pending
+
+    def _returned(self, session: Session) -> Seat | None:
+        """The seat of a session that was parked with a row that nobody can compute again."""
+        parked = self._parking.get(session)
+        if parked is None or parked.owner is None or session.namespace != parked.namespace:
+            return None
+        return self._parking.restore(session, parked, but=(session,))
+
+    def _cut_out(self, session: Session, seat: Seat, kept: Kept, n_tokens: int) -> None:
+        """Bring the row to what is kept of it, if there is room for what that and the new tokens take."""
+        row = seat.row
+        holes = kept.holes(row)
+        if not holes or row.namespace != session.namespace:
+            return
+        anew = Plan(n_tokens, holes[0][0])  # all that follows the first hole in cells of its own: what a shift needs
+        try:
+            self._parking.who_goes(anew, row, but=(session,))
+        except CapacityError:
+            return
+        self._snapshots.keep(row)
+        self._store.cut(row, kept.n_of(row))
+        self._evictor.cut_out(row, holes, lambda: self._parking.make_way(anew, row, but=(session,)))
+
+    def make_room(self, session: Session, seat: Seat, n_needed: int, n_sink: int) -> int:
+        """Take tokens out of the middle of a row, and the messages they were out of the window; how many went."""
+        row, prompt = seat.row, seat.prompt
+        self._store.reconcile(row)
+        n = session.n_past = row.n
+        if not n or n < prompt.n_tokens or row.namespace != session.namespace or not self._evictor.ways(row):
+            return 0
+        ranges, layout, gone = self._evictor.room_in(session, seat, n_needed, n_sink)
+        if not ranges:
+            return 0
+        n_gone = sum(p1 - p0 for p0, p1 in ranges)
+        self._snapshots.keep(row)
+        anew = Plan(n - n_gone, ranges[0][0])
+        done = self._evictor.cut_out(row, ranges, lambda: self._parking.make_way(anew, row, but=(session,)))
+        if row.n == n:
+            return 0
+        session.n_past = row.n
+        if not done:
+            raise SnapshotError("make_room", 0, f"the row was cut to {row.n} of {n} tokens; prepare again")
+        leaving = [m for i in gone if (m := layout.parts[i].message) is not None]
+        layout = layout.without(ranges, gone)
+        seat.prompt = replace(prompt, n_tokens=layout.reply[0], layout=layout)
+        session.set_window(session.window_state.without(session.messages, leaving, reported=False))
+        self._evictor.count(n_gone)
+        return n_gone
 
     def resume(
         self,
@@ -79,43 +148,50 @@ class Preparer:
     ) -> Pending:
         """Begin to bring a parked row back, token for token. It stays parked as well until all of it is there."""
         started = time.perf_counter()
-        return self._start(session, Rendered(parked.tokens), wants_logits, (), holder, started, but=but, resumes=True)
+        but = (session, *but)
+        if self._seats.get(session, holder) is None and parked.owner is not None:
+            self._parking.restore(session, parked, but=but)
+        return self._start(session, parked.tokens, parked.prompt, wants_logits, holder, started, but=but)
 
     def _start(
         self,
         session: Session,
-        rendered: Rendered,
+        tokens: TokenArray,
+        prompt: Prompt,
         wants_logits: bool,
-        said: Said,
         holder: object | None,
         started: float,
         *,
         but: Sequence[Session] = (),
-        resumes: bool = False,
+        asking: Asking | None = None,
     ) -> Pending:
-        but = (session, *but)  # who is not to be parked for it
+        """`but`: who is not to be parked for it. Without `asking` a parked row returns: it stays parked as well until
+        all of it is there."""
+        but = (session, *but)
         seat = self._true_seat(session, holder)
-        tokens = rendered.tokens
-        match, plan = self._planned(session, seat, tokens, wants_logits, but)
+        exactly = asking is not None and asking.anew
+        match, plan = self._planned(session, seat, tokens, wants_logits, but, exactly=exactly)
         if seat is None:
             seat = self._seats.take(session)
         n_restored = 0
         try:
             self._snapshots.hold(match)  # or a save could push out what is to be restored
-            self._save_what_is_lost(session, seat, plan, said)
+            self._save_what_is_lost(session, seat, plan, prompt.said)
             seat.n_begun += 1
-            seat.n_prompt, seat.rendered, seat.said = len(tokens), rendered, said
+            seat.prompt = replace(prompt, n_tokens=len(tokens))
             stretches = self._store.apply(seat.row, plan)
             n_restored = self._restore(seat, plan, match, tokens, stretches)
         finally:
             self._snapshots.let_go(match, plan, n_restored)
-        if not resumes:
+        if asking is not None:
             self._parking.forget(session)
         session.n_past = n_reused = seat.row.n
         self.n_tokens_reused += n_reused
-        pending = Pending(
-            session, rendered, seat, seat.n_begun, n_reused, wants_logits, stretches, started, is_return=resumes
-        )
+        rendered = prompt.rendered or Rendered(tokens)
+        pending = Pending(session, tokens, rendered, seat, seat.n_begun, n_reused, wants_logits, stretches)
+        pending.started, pending.is_return = started, asking is None
+        if asking is not None:
+            pending.n_evicted, pending.dropped = asking.n_evicted, asking.dropped
         seat.pending = weakref.ref(pending)
         pending.conclude()
         self.seconds += time.perf_counter() - started
@@ -132,11 +208,18 @@ class Preparer:
         return seat
 
     def _planned(
-        self, session: Session, seat: Seat | None, tokens: TokenArray, wants_logits: bool, but: Sequence[Session]
+        self,
+        session: Session,
+        seat: Seat | None,
+        tokens: TokenArray,
+        wants_logits: bool,
+        but: Sequence[Session],
+        *,
+        exactly: bool = False,
     ) -> tuple[KvMatch, Plan]:
         """The plan, and what of the cache it counts on. Idle sessions are parked where cells or a slot are short."""
         while True:
-            draft = self._draft(session, seat, tokens, wants_logits, but)
+            draft = self._draft(session, seat, tokens, wants_logits, but, exactly=exactly)
             if draft.refused is None:
                 row = None if seat is None else seat.row
                 if not self._parking.make_way(draft.plan, row, with_slot=seat is None, but=but):
@@ -145,14 +228,23 @@ class Preparer:
                 raise draft.refused
 
     def _draft(
-        self, session: Session, seat: Seat | None, tokens: TokenArray, wants_logits: bool, but: Sequence[Session]
+        self,
+        session: Session,
+        seat: Seat | None,
+        tokens: TokenArray,
+        wants_logits: bool,
+        but: Sequence[Session],
+        *,
+        exactly: bool = False,
     ) -> _Draft:
         """The best plan for which room can be made, or one for which it cannot. Asks only."""
         row = None if seat is None else seat.row
         match = self._snapshots.match(session.namespace, tokens)
         while True:
             cached = self._snapshots.cached(match)
-            plan = self._planner.plan(row, session.namespace, tokens, wants_logits=wants_logits, cached=cached)
+            plan = self._planner.plan(
+                row, session.namespace, tokens, wants_logits=wants_logits, cached=cached, exactly=exactly
+            )
             try:
                 self._parking.who_goes(plan, row, with_slot=seat is None, but=but)
                 return _Draft(match, plan)
@@ -165,7 +257,7 @@ class Preparer:
         """Before a tail is dropped: unless only the template rewrote it, which it would do again."""
         drops = plan.n_keep < seat.row.n
         moves = seat.row.namespace != session.namespace
-        only_grew = said[: len(seat.said)] == seat.said
+        only_grew = said[: len(seat.prompt.said)] == seat.prompt.said
         if drops and (moves or not only_grew):
             self._snapshots.keep(seat.row)
         if moves:  # never one namespace's tokens under another's name
@@ -189,13 +281,26 @@ class Preparer:
             stretches.append(Stretch("cache", seat.row.n - n_more, seat.row.n, restored - started))
         return n
 
-    def preview(self, session: Session, conversation: Conversation) -> Preview:
-        """What `begin` and its steps would do; changes nothing."""
+    def preview(self, session: Session, asking: Asking) -> Preview:
+        """What `begin` and its steps would do, without what an `on_evict` hook might put in; changes nothing."""
         seat = self._seats.get(session, reading=True)
-        tokens = self._prompter.rendered(session, conversation, None if seat is None else seat.rendered).tokens
+        conversation = asking.conversation
+        rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.prompt.rendered)
+        layout, asking = self._evictor.layout(asking, rendered, seat)
+        n_reused = None
+        narrowed = self._evictor.narrowed(session, asking, rendered, layout)
+        if narrowed is not None and narrowed.expected is not None:
+            layout = narrowed.expected
+            kept = narrowed.kept
+            if kept is not None and seat is not None and self._evictor.ways(seat.row) and kept.holes(seat.row):
+                n_reused = kept.n_left(seat.row)
+        tokens = layout.alignment.tokens
         most, n = self._store.caps.n_row_max, len(tokens)
         n_free = max(0, self._store.caps.n_ctx_seq - n)
+        n_evicted = 0 if narrowed is None else narrowed.n_evicted
         if most is not None and n > most:
-            return Preview(n_tokens=n, n_to_decode=n, fits=False, n_free=n_free)
+            return Preview(n_tokens=n, n_to_decode=n, fits=False, n_free=n_free, n_evicted=n_evicted)
         draft = self._draft(session, seat, tokens, not conversation.is_empty, (session,))
-        return Preview(n_tokens=n, n_to_decode=draft.plan.n_decode, fits=draft.refused is None, n_free=n_free)
+        n_to_decode = draft.plan.n_decode if n_reused is None else n - n_reused
+        fits = draft.refused is None or n_reused is not None
+        return Preview(n_tokens=n, n_to_decode=n_to_decode, fits=fits, n_free=n_free, n_evicted=n_evicted)

@@ -15,7 +15,9 @@ from .messages import check_message
 from .options import checked_text
 from .render import Rendered, Renderer
 from .session import Session, SpokenReply
+from .spans import Span
 from .types import Message, TokenArray
+from .window import Window
 
 
 def message_list(session: Session) -> list[Message]:
@@ -38,11 +40,13 @@ def check_partial(messages: Sequence[Message]) -> Message:
 class Conversation:
     """What the template is to see (system text first), and what is known beside each message.
 
+    `owners`: for each the session's own message behind it (or the replacement of some), None for one that was put in.
     `is_raw`: there is no template. `continue_last`: the prompt ends within the last message.
     """
 
     messages: Sequence[Message]
     replies: Sequence[SpokenReply | None]
+    owners: Sequence[Message | None] = ()
     is_raw: bool = False
     continue_last: bool = False
 
@@ -50,6 +54,10 @@ class Conversation:
     def is_empty(self) -> bool:
         """Nobody has said anything yet: there is a system text at most."""
         return all(isinstance(m, dict) and m.get("role") == "system" for m in self.messages)
+
+
+def _is_system(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") == "system"
 
 
 Said: TypeAlias = tuple[tuple[str, ...], ...]
@@ -79,21 +87,29 @@ class Prompter:
         self._hooks = hooks
         self._model = model
 
-    def conversation(self, session: Session, *, continue_last: bool = False) -> Conversation:
-        """Calls the `before_encode` hook, so not under the lock. The session's own system text wins, then a system
-        message at the head of its messages, then the manager's; a raw session has none."""
-        messages = list(message_list(session))
-        brings_own = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    def conversation(
+        self, session: Session, window: Window | None = None, *, continue_last: bool = False
+    ) -> Conversation:
+        """What a window over the session's messages shows (None: the session's own).
+
+        Calls the `before_encode` hook, so not under the lock. The session's own system text wins, then a system
+        message at the head of its messages, then the manager's; a raw session has none.
+        """
+        messages = (window or session.window_state).seen(message_list(session))
+        brings_own = bool(messages) and _is_system(messages[0])
         system = session.system if session.system is not None else None if brings_own else self._prefix.text
         if system and not session.is_raw:
             messages.insert(0, {"role": "system", "content": checked_text("the session's system text", system)})
-        seen = self._hooks.before_encode(messages, session)
+        pairs = self._hooks.before_encode(messages, session)
+        seen = [message for message, _ in pairs]
         if continue_last:
             check_partial(seen)
         replies = [
             r if r is None or r.model == self._model else replace(r, ids=(), begun=()) for r in session.replies(seen)
         ]
-        return Conversation(seen, replies, session.is_raw, continue_last)
+        # A system text at the head is nobody's to drop.
+        owners = [None if i == 0 and _is_system(message) else owner for i, (message, owner) in enumerate(pairs)]
+        return Conversation(seen, replies, owners, session.is_raw, continue_last)
 
     def rendered(self, session: Session, conversation: Conversation, last: Rendered | None) -> Rendered:
         """The whole prompt with the reply header; of an empty conversation the stem that all begin with.
@@ -114,6 +130,10 @@ class Prompter:
             continue_last=conversation.continue_last,
             last=last,
         )
+
+    def spans(self, conversation: Conversation, rendered: Rendered) -> tuple[Span, ...]:
+        """The tokens of each message in its prompt. Raises what rendering raises."""
+        return (self._raw if conversation.is_raw else self.renderer).spans(rendered, conversation.messages)
 
     def _stem(self, session: Session, text: str) -> TokenArray:
         return self.renderer.stem(text, tools=session.tools, variables=session.template_kwargs)

@@ -49,12 +49,14 @@ class PrepareReport:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What `prepare` would do. `n_free`: tokens that the session could still grow by afterwards."""
+    """What `prepare` would do. `n_free`: tokens that the session could still grow by afterwards; `n_evicted`: tokens
+    that would go before."""
 
     n_tokens: int
     n_to_decode: int
     fits: bool
     n_free: int
+    n_evicted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

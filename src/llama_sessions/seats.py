@@ -7,7 +7,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,39 @@ from .kv.row import Row
 from .kv.slots import Slots
 from .kv.snapshot import Snapshots
 from .kv.store import RowStore
-from .prompts import Said
+from .layout import Layout
+from .prompts import Conversation, Said
 from .render import Rendered
 from .session import Session, check_session
-from .types import FloatArray
+from .types import FloatArray, Message
 
 logger = logging.getLogger("llama_sessions")
 
 # Where a session was seated last: its `n_past` is of there. While it has a row there, no other manager takes it.
 _owners: weakref.WeakKeyDictionary[Session, weakref.ref[Seats]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """What a row was asked to hold last: `n_tokens`, after which single tokens come.
+
+    `rendered` from `conversation`, of which `said` is a copy to compare with. `layout`: how the row lies in it, where
+    it is not simply its beginning.
+    """
+
+    n_tokens: int = 0
+    rendered: Rendered | None = None
+    said: Said = ()
+    conversation: Conversation | None = None
+    layout: Layout | None = None
+
+    def of_copies(self, copies: Mapping[int, Message]) -> Prompt:
+        """The same for a branch of the session: `copies` are its messages, by the ids of the originals."""
+        conversation, layout = self.conversation, self.layout
+        if conversation is not None:
+            owners = [None if owner is None else copies.get(id(owner)) for owner in conversation.owners]
+            conversation = replace(conversation, owners=owners)
+        return replace(self, conversation=conversation, layout=None if layout is None else layout.of_copies(copies))
 
 
 @dataclass(slots=True, eq=False)
@@ -35,9 +60,7 @@ class Seat:
     row: Row
     finalizer: Any
     n_begun: int = 0  # which `begin` is the last one; an older Pending is void
-    n_prompt: int = 0  # tokens of the prompt begun last; single tokens come after all of them
-    rendered: Rendered | None = None  # that prompt
-    said: Said = ()  # what it was made from
+    prompt: Prompt = Prompt()
     pending: weakref.ref[Any] | None = None  # the `Pending` of that prompt, while somebody has it
     last_used: float = field(default_factory=time.monotonic)
     logits: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
@@ -45,7 +68,7 @@ class Seat:
     @property
     def is_begun(self) -> bool:
         """Whether somebody is in the middle of decoding its prompt."""
-        return self.row.n < self.n_prompt and self.pending is not None and self.pending() is not None
+        return self.row.n < self.prompt.n_tokens and self.pending is not None and self.pending() is not None
 
 
 class Seats:

@@ -212,12 +212,16 @@ class Session:
 
         A new list of the very dicts.
         """
-        return self._window.seen(self.messages)
+        return self.window_state.seen(self.messages)
 
     @property
     def window_state(self) -> Window:
-        """Which messages are out of the window, and what stands for them."""
-        return self._window
+        """Which messages are out of the window, and what stands for them.
+
+        None is, once the last message is one of them: what came behind it was taken back, and with it the reason.
+        """
+        last = self.messages[-1] if self.messages else None
+        return Window() if any(m is last for m in self._window.out) else self._window
 
     def set_window(self, window: Window) -> None:
         """Called by the manager: what the model sees from now on."""

@@ -54,7 +54,30 @@ def message_spans(
             end = between[-1] if between else following if following < len(tokens) else content.p1
         spans.append(Span(i, begin, end))
         begin = end
-    return tuple(spans)
+    return tuple(_without_head(spans, found, roles, tokens))
+
+
+def _without_head(
+    spans: list[Span], found: Mapping[int, ContentRange], roles: Sequence[str], tokens: Sequence[int]
+) -> list[Span]:
+    """What the template writes before all messages (a BOS, a system text of its own) is nobody's: the first span begins
+    where the frame of its message does, as far as a later message of the same role shows how long that is."""
+    first = next((span for span in spans if span.p0 < span.p1), None)
+    like = (
+        None
+        if first is None
+        else next(
+            (s for s in spans if s.index > first.index and s.p0 < s.p1 and roles[s.index] == roles[first.index]), None
+        )
+    )
+    if first is None or like is None:
+        return spans
+    n_frame = found[like.index].p0 - like.p0
+    begin = found[first.index].p0 - n_frame
+    frame = list(tokens[like.p0 : like.p0 + n_frame])
+    if begin > first.p0 and list(tokens[begin : begin + n_frame]) == frame:
+        spans[first.index] = Span(first.index, begin, first.p1)
+    return spans
 
 
 def _in_one(contents: Sequence[ContentRange]) -> dict[int, ContentRange]:

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from .errors import CapacityError, DecodeError, LlamaSessionsError, OptionError, StateError
+from .errors import CapacityError, ContextOverflow, DecodeError, LlamaSessionsError, OptionError, StateError
 from .kv.plan import Plan
 from .kv.row import Row
 from .kv.store import Feed, RowStore, no_cells, no_room
 from .options import checked_int
 from .parking import Parking
 from .pending import NextToken, Pending, PromptChunk, Work
-from .planner import check_length
 from .report import StepReport, StepResult
 from .seats import Seat, Seats
 from .session import Session
@@ -141,9 +140,13 @@ class Stepper:
             return _Task(row, tokens, pending.wants_logits and len(tokens) == pending.n_left, item, seat)
         if not row.n:
             raise StateError("nothing is prepared; call prepare first")
-        if row.n < seat.n_prompt:
-            raise StateError(f"only {row.n} of the prompt's {seat.n_prompt} tokens are decoded; call prepare first")
-        check_length(self._store, row.n + 1, "one token more")
+        if row.n < seat.prompt.n_tokens:
+            raise StateError(
+                f"only {row.n} of the prompt's {seat.prompt.n_tokens} tokens are decoded; call prepare first"
+            )
+        room = self._store.n_room(row)
+        if room is not None and room < 1:
+            raise ContextOverflow("one token more", needed=row.n + 1, available=row.n)
         return _Task(row, (item.token,), True, item, seat)
 
     def _settle(self, task: _Task, code: int, seconds: float) -> StepResult:

@@ -7,17 +7,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from .errors import Cancelled, StateError
+from .errors import Cancelled, CapacityError, StateError
 from .generation import Generation
 from .manager import ContextManager
 from .pending import NextToken
 from .reply import Chunk, Reply
 
 
-def reach_first_token(cm: ContextManager, generation: Generation, why_stop: Callable[[], str | None]) -> str | None:
-    """Start a generation and decode its prompt, chunk by chunk, as long as `why_stop` has no reason against it.
+def reach_logits(cm: ContextManager, generation: Generation, why_stop: Callable[[], str | None]) -> str | None:
+    """Start a generation, if it is new, and decode its prompt, chunk by chunk, as long as `why_stop` has no reason
+    against it.
 
-    Returns why it ended before a token could be sampled; None: it did not.
+    Returns why it ended before the next token could be sampled; None: it did not.
     """
     n_batch = cm.capabilities.n_batch
     try:
@@ -86,12 +87,17 @@ class Stream(Iterator[Chunk]):
     def _advance(self) -> list[Chunk]:
         generation, cm = self._generation, self._cm
         self._state = "running"
-        why = self._why_stop() if generation.is_under_way else reach_first_token(cm, generation, self._why_stop)
+        why = self._why_stop() if generation.is_under_way else reach_logits(cm, generation, self._why_stop)
         if why is not None:
             return generation.cut_short(why)
         work = generation.work(1)
         if isinstance(work, NextToken):
-            token = cm.step_and_read(work, generation.choose, holder=generation.holder)
+            try:
+                token = cm.step_and_read(work, generation.choose, holder=generation.holder)
+            except CapacityError:
+                if not generation.gives_way():
+                    raise
+                return self._advance()
         else:
             token = cm.read_logits(generation.session, generation.choose, holder=generation.holder)
         why = self._why_stop()

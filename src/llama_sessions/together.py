@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 
-from .errors import Cancelled, OptionError, StateError
+from .errors import Cancelled, CapacityError, OptionError, StateError
 from .generation import Generation
 from .generation_options import GenerationOptions
 from .manager import ContextManager
 from .pending import PromptChunk, Work
 from .reply import Branch
 from .session import Session
-from .stream import reach_first_token
+from .stream import reach_logits
 
 
 class Together:
@@ -54,8 +54,12 @@ class Together:
                 work.append(item)
                 left -= min(item.n_tokens, item.pending.n_left) if isinstance(item, PromptChunk) else 1
         if work:
-            for result in self._cm.step(work, holder=self).results.values():
-                if result.error is not None:
+            results = self._cm.step(work, holder=self).results
+            for generation in self._running:
+                result = results.get(generation.session)
+                if result is None or result.error is None:
+                    continue
+                if not isinstance(result.error, CapacityError) or not generation.gives_way():
                     raise result.error
         for generation in self._running:
             if generation.work(1) is None:
@@ -82,7 +86,7 @@ def branches(
     together = Together(cm)
     forks: list[Session] = []
     try:
-        why = reach_first_token(cm, lead, lambda: "timeout" if lead.is_late else None)
+        why = reach_logits(cm, lead, lambda: "timeout" if lead.is_late else None)
         if why is None:
             made = []
             for i in range(n):

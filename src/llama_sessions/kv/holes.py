@@ -6,33 +6,17 @@ way of a save and a load. That is planned before anything is touched, as it take
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import SnapshotError
+from .alignment import Ranges, without
 from .row import Jumps, Row, end_of
 from .store import RowStore
 
-Ranges: TypeAlias = Sequence[tuple[int, int]]
-
 _PIECE = 2048  # tokens that pass through the scratch at once
-
-
-def without(ranges: Ranges, n: int) -> npt.NDArray[np.bool_]:
-    """(n,) bool: True for each index that is in none of the half-open ranges."""
-    stays = np.ones(n, np.bool_)
-    for p0, p1 in ranges:
-        stays[p0:p1] = False
-    return stays
-
-
-def within(ranges: Ranges, n: int) -> tuple[tuple[int, int], ...]:
-    """The parts of the ranges below `n`."""
-    return tuple((p0, min(p1, n)) for p0, p1 in ranges if p0 < min(p1, n))
 
 
 class Holes:

@@ -15,7 +15,7 @@ from ..types import ByteArray, Capabilities, MemoryKind, TokenArray
 from .blobs import BlobKind, BlobPart
 from .node import Match
 from .plan import Cached, Plan, first_seen
-from .row import Row
+from .row import Jumps, Row, end_of
 from .segments import SegmentLayout
 from .store import Feed, RowStore
 
@@ -53,12 +53,15 @@ class RowSaver:
     def n_bytes(self, p0: int, p1: int) -> int:
         if self._layout is not None:
             return self._layout.n_bytes(p1 - p0)
-        return self._store.sequences.size(self._row.seq_id, p0, p1) + self._logits_bytes
+        return self._store.sequences.size(self._row.seq_id, *self._positions(p0, p1)) + self._logits_bytes
+
+    def _positions(self, p0: int, p1: int) -> tuple[int, int]:
+        return end_of(self._row.jumps, p0), end_of(self._row.jumps, p1)
 
     def save(self, p0: int, p1: int, out: ByteArray) -> None:
         n_logits = self._logits_bytes
         state = out[: len(out) - n_logits]
-        self._store.sequences.save(self._row.seq_id, p0, p1, state)
+        self._store.sequences.save(self._row.seq_id, *self._positions(p0, p1), state)
         if self._layout is not None:
             self._layout.put_in_order(state)
         if n_logits:
@@ -233,11 +236,14 @@ class Snapshots:
             return 0
         if store.caps.kind is MemoryKind.WINDOW and store.sequences.first(row.seq_id) > first_seen(row.n, store.caps):
             return 0  # another session's decode has taken part of its window
+        if not row.is_exact and self.kind is not BlobKind.RANGE:
+            return 0  # a blob is a whole row here, and what follows an eviction is no one's but this row's
         if not self._holds:
             self._mend_locks()
         self._saves = True
         try:
-            inserted = self._cache.save(row.namespace, row.tokens.copy(), RowSaver(store, row, self._layout))
+            tokens = row.tokens[: row.n_exact].copy()
+            inserted = self._cache.save(row.namespace, tokens, RowSaver(store, row, self._layout))
             self._saves = False
         except SnapshotError as e:
             logger.warning("%d tokens of KV could not be saved and will be decoded again: %s", row.n, e)
@@ -250,6 +256,43 @@ class Snapshots:
                 logger.debug(text, row.n, inserted.refused)
         self._take_stock()
         return inserted.n_tokens
+
+    # -- what one row alone has
+
+    def keep_private(self, owner: int, row: Row) -> bool:
+        """Save a row that nobody can compute again, for `owner` alone; whether it was."""
+        if self._cache is None or not self._store.finish_pending():
+            return False
+        if not self._holds:
+            self._mend_locks()
+        self._saves = True
+        try:
+            saver = RowSaver(self._store, row, self._layout)
+            inserted = self._cache.save_private(owner, row.tokens.copy(), saver, exact=False)
+            self._saves = False
+        except SnapshotError as e:
+            logger.warning("%d tokens of KV could not be saved: %s", row.n, e)
+            return False
+        self._take_stock()
+        if inserted.refused:
+            logger.warning("a row of %d tokens is not kept as it is: %s", row.n, inserted.refused)
+        if inserted.lost:
+            logger.warning("%d parked rows are decoded anew when they return: the cache is full", len(inserted.lost))
+        return not inserted.refused
+
+    def restore_private(self, owner: int, row: Row, tokens: TokenArray, n_exact: int, jumps: Jumps) -> bool:
+        """Bring back to an empty row what was kept for `owner`; False: it is gone, and the row empty."""
+        match = None if self._cache is None else self._cache.private(owner)
+        if self._cache is None or match is None or not self._store.finish_pending():
+            return False
+        (part,) = self._cache.read(match)
+        return self._store.load_row(row, part.view, tokens, n_exact, jumps)
+
+    def drop_private(self, owner: int) -> None:
+        """Forget it."""
+        if self._cache is not None:
+            self._cache.drop_private(owner)
+            self._take_stock()
 
     # -- proof
 

@@ -18,7 +18,7 @@ from ..errors import CapacityError, SnapshotError, StateError
 from ..report import Stretch
 from ..types import ByteArray, Capabilities, Context, FloatArray, MemoryKind, Run, TokenArray
 from .plan import Plan, Share, Source, can_be_cut, first_seen
-from .row import Row, end_of
+from .row import Jumps, Row, end_of
 from .sequences import Sequences
 
 logger = logging.getLogger("llama_sessions")
@@ -356,6 +356,26 @@ class RowStore:
             return False
         row.suspect = None
         self.sequences.costs.note_restore(p1 - p0, time.perf_counter() - started)
+        return True
+
+    def load_row(self, row: Row, blob: ByteArray, tokens: TokenArray, n_exact: int, jumps: Jumps) -> bool:
+        """Put a blob of a whole row back, gaps and all; False: it could not be, and the row is empty."""
+        self.spoil(row, 0)
+        row.shorten(0)
+        try:
+            self.context.load_state(row.seq_id, blob)
+        except SnapshotError as e:
+            logger.warning("a parked row could not be restored and is decoded instead: %s", e)
+            self.cut(row, 0)
+            return False
+        row.write(0, tokens, self.new_cells(len(tokens)))
+        row.n = len(tokens)
+        row.set_jumps(jumps)
+        row.mark_approximate(n_exact)
+        if not self.is_as_booked(row):
+            self.cut(row, 0)
+            return False
+        row.suspect = None
         return True
 
     # -- native

@@ -1,0 +1,109 @@
+"""Where the messages of a prompt lie in the row that holds it, and what of both is left when some of them go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+
+from .kv.alignment import Alignment, Ranges, without
+from .kv.eviction import Eviction, Piece
+from .types import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens `[p0, p1)` of the prompt that are one message's, frame included. `message` None: it is none of the
+    session's own (a system text, or what a hook put in), and stays."""
+
+    message: Message | None
+    role: str
+    p0: int
+    p1: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """A prompt, its row, and its messages. Of `alignment.whole` the first `n_rendered` tokens are what the template
+    wrote, the rest was said since."""
+
+    alignment: Alignment
+    n_rendered: int
+    parts: tuple[Part, ...] = ()
+
+    def of_copies(self, copies: Mapping[int, Message]) -> Layout:
+        """The same over copies of the messages, by the ids of the originals."""
+        parts = (replace(p, message=None if p.message is None else copies.get(id(p.message))) for p in self.parts)
+        return replace(self, parts=tuple(parts))
+
+    @property
+    def n_head(self) -> int:
+        """Tokens of the row before the first message, system text included."""
+        first = next((part for part in self.parts if part.role != "system"), None)
+        n = len(self.alignment.tokens) if first is None else self.alignment.place(first.p0, first.p1)[0]
+        while n and self.alignment.source[n - 1] < 0:  # sinks of messages that went before
+            n -= 1
+        return n
+
+    @property
+    def reply(self) -> tuple[int, int]:
+        """The range in the row of what was said since."""
+        return self.alignment.place(self.n_rendered, len(self.alignment.whole))
+
+    def request(self, n_needed: int, n_kept: int, pinned: Set[int]) -> Eviction:
+        """What a strategy is to be asked. `pinned`: ids of the message dicts that stay."""
+        pieces = []
+        for i, part in enumerate(self.parts):
+            stays = part.message is None or id(part.message) in pinned
+            pieces.append(Piece(i, part.role, *self.alignment.place(part.p0, part.p1), stays))
+        return Eviction(n_needed, len(self.alignment.tokens), n_kept, tuple(pieces))
+
+    def n_tokens_of(self, messages: Sequence[Message]) -> int:
+        """Tokens of the row that are these messages'."""
+        wanted = {id(message) for message in messages}
+        places = [self.alignment.place(p.p0, p.p1) for p in self.parts if p.message is not None]
+        of = [p for p in self.parts if p.message is not None]
+        return sum(i1 - i0 for part, (i0, i1) in zip(of, places, strict=True) if id(part.message) in wanted)
+
+    def gone(self, request: Eviction, ranges: Ranges, *, whole_turns: bool) -> list[int]:
+        """The numbers of the parts of which `ranges` leave nothing but sinks; a tool call with its results.
+
+        `whole_turns`: only together with the rest of their turn, or the template may be handed an answer without its
+        question.
+        """
+        stays = without(ranges, request.n_tokens)
+        gone: list[int] = []
+        groups: list[list[Piece]] = []
+        for piece in request.pieces:
+            if not groups or (piece.role == "user" if whole_turns else piece.role != "tool"):
+                groups.append([])
+            groups[-1].append(piece)
+        for group in groups:
+            left = [p for p in group if not p.is_pinned]
+            held = [p for p in left if stays[max(p.p0, request.n_kept) : p.p1].any()]
+            went = [p for p in left if max(p.p0, request.n_kept) < p.p1 and p not in held]
+            if went and not held:
+                # What has no tokens of its own beyond the sinks goes with the rest.
+                gone += [p.index for p in left]
+        return gone
+
+    def without(self, ranges: Ranges, gone: Sequence[int]) -> Layout:
+        """`ranges` go from the row, the parts `gone` from the prompt."""
+        leaving = set(gone)
+        spans = [(p.p0, p.p1) for i, p in enumerate(self.parts) if i in leaving]
+        stays = without(spans, len(self.alignment.whole) + 1)
+        before = [0, *stays.cumsum().tolist()]
+        parts = tuple(
+            replace(p, p0=before[p.p0], p1=before[p.p1]) for i, p in enumerate(self.parts) if i not in leaving
+        )
+        alignment = self.alignment.cut_out(ranges).shortened(spans)
+        return Layout(alignment, before[self.n_rendered], parts)
+
+    def extended(self, ranges: Ranges, n_missing: int) -> Ranges:
+        """`ranges`, and the beginning of what was said since: `n_missing` tokens or a quarter of it, never all."""
+        p0, p1 = self.reply
+        n = min(max(n_missing, (p1 - p0) // 4), p1 - p0 - 1)
+        if n_missing <= 0 or n <= 0:
+            return ranges
+        if ranges and ranges[-1][1] == p0:
+            return (*ranges[:-1], (ranges[-1][0], p0 + n))
+        return (*ranges, (p0, p0 + n))

@@ -56,6 +56,7 @@ class Generation:
         self._holder = holder
         self.reply: Reply | None = None
         self._cm = cm
+        self._vocab = cm.vocab
         self._text = text
         self._options = options
         self._sampler = Sampler(options, cm.capabilities.n_vocab)
@@ -171,12 +172,12 @@ class Generation:
 
     def _thinking_of(self, speech: Speech, n_thought: int = 0) -> Thinking:
         closing, budget = self._cm.reply_format.think_close, self._options.think_budget
-        return Thinking(self._cm.vocab, speech, closing, budget, n_thought)
+        return Thinking(self._vocab, speech, closing, budget, n_thought)
 
     def _go_on(self) -> int:
         """Take up what was thought of the message to continue; returns how many tokens that was."""
         speech, begun = self._speech, self._begun().rendered.begun
-        n_thought = speech.go_on([self._cm.vocab.piece(token) for token in begun])
+        n_thought = speech.go_on([self._vocab.piece(token) for token in begun])
         self._thought = speech.thinking
         if begun and speech.text:
             raise OptionError(
@@ -214,11 +215,11 @@ class Generation:
                 "no token can be sampled: no logit is finite; allow more tokens in logit_bias, or lower what is added "
                 "(if nothing is banned, the model itself gives no finite logits)"
             )
-        vocab, speech = self._cm.vocab, self._speech
+        vocab, speech = self._vocab, self._speech
         if vocab.is_eog(token):
             return self._last_chunks(token, [], "stop")
         parts = speech.push(token, vocab.piece(token))
-        if speech.stopped:
+        if self._options.stop is not None and speech.stopped:
             return self._last_chunks(token, parts, "stop_string")
         if len(speech.tokens) >= self._options.max_tokens or not self._has_room():
             return self._last_chunks(token, parts, "length")
@@ -268,7 +269,7 @@ class Generation:
             sampler.accept(token, rule)
         if token is not None and options.logprobs is not None:
             own, best = logprobs_of(logits, token, options.logprobs)
-            piece = self._cm.vocab.piece
+            piece = self._vocab.piece
             top = tuple(TokenLogprob(t, piece(t), p) for t, p in best)
             self._logprobs.append(TokenLogprob(token, piece(token), own, top))
         return token
@@ -369,7 +370,7 @@ class Generation:
         for token in reversed(self._begun().tokens.tolist()):
             if len(spelled) >= len(data):
                 break
-            spelled = self._cm.vocab.piece(token) + spelled
+            spelled = self._vocab.piece(token) + spelled
             ids.insert(0, token)
         return ids if spelled == data else []
 

@@ -47,20 +47,19 @@ class Contenders:
         self._k = k
         self._most = n_vocab // 8
         self._mask = np.empty(n_vocab, np.bool_)
-        self._floor = math.inf
+        self._floor = np.array(math.inf, np.float32)  # as an array it is compared with at once, as a float looked into
 
     def find(self, logits: FloatArray) -> Ids | None:
         """Their ids, (n,) ascending; None where that narrows nothing down, or for NaN."""
         ids = self._reaching(logits)
         if not self._k <= len(ids) <= _STALE * self._k:
-            self._floor = floor_for(logits, _AIM * self._k)
-            if math.isnan(self._floor):
-                self._floor = floor_for(logits, self._k)
+            floor = floor_for(logits, _AIM * self._k)
+            self._floor.fill(floor_for(logits, self._k) if math.isnan(floor) else floor)
             ids = self._reaching(logits)
         return ids if self._k <= len(ids) <= self._most else None
 
     def _reaching(self, logits: FloatArray) -> Ids:
-        np.greater_equal(logits, self._floor, out=self._mask)
+        np.greater_equal(logits, self._floor, self._mask)
         ids: Ids = self._mask.nonzero()[0]
         return ids
 
@@ -153,9 +152,10 @@ class Sampler:
         array = self._array
         array.data, array.size, array.selected, array.sorted = self._data, n, -1, False
         llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(array))
-        if not 0 <= array.selected < array.size:
+        at = array.selected
+        if not 0 <= at < array.size:
             return None
-        chosen = array.data[array.selected]
+        chosen = array.data[at]
         return int(chosen.id) if math.isfinite(chosen.logit) else None
 
     def _draw_allowed(self, logits: FloatArray, grammar: Constraint) -> int | None:

@@ -57,6 +57,7 @@ class Generation:
         self.reply: Reply | None = None
         self._cm = cm
         self._vocab = cm.vocab
+        self.timeout_s = options.timeout_s
         self._text = text
         self._options = options
         self._sampler = Sampler(options, cm.capabilities.n_vocab)
@@ -111,7 +112,7 @@ class Generation:
     @property
     def is_late(self) -> bool:
         """Whether `timeout_s` is over."""
-        most = self._options.timeout_s
+        most = self.timeout_s
         return most is not None and not self.is_new and self.seconds >= most
 
     @property

@@ -104,7 +104,10 @@ class Stream(Iterator[Chunk]):
         return generation.chunks(token) if why is None else generation.cut_short(why)
 
     def _why_stop(self) -> str | None:
-        return "cancelled" if self._stop else "timeout" if self._generation.is_late else None
+        if self._stop:
+            return "cancelled"
+        generation = self._generation
+        return "timeout" if generation.timeout_s is not None and generation.is_late else None
 
     @property
     def reply(self) -> Reply | None:

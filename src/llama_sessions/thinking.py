@@ -26,8 +26,8 @@ class Thinking:
 
     def forced(self, rule: Constraint | None) -> int | None:
         """The token that has to come next, if one has to. `rule`: what it must obey; no tag is forced against it."""
-        if self._speech.is_thinking:
-            if self._budget is not None and self._n_tokens >= self._budget:
+        if self._budget is not None and self._speech.is_thinking:
+            if self._n_tokens >= self._budget:
                 self._close()
             self._n_tokens += 1
         if self._left and rule is not None and not rule.allows(self._left[0]):

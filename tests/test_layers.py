@@ -29,7 +29,7 @@ llama.model llama.sampler llama.snapshot llama.context
 kv.store kv.holes kv.prefix kv.snapshot
 reply speech thinking
 loading hooks prompts layout seats parking pending planner evicting preparing stepper integrity overview entry
-manager generation stream together tool_loop stateless engine pool
+manager generation stream together tool_loop stateless engine pace pool_stats ticket pool async_pool
 testing
 __init__
 demo terminal info __main__
@@ -110,12 +110,12 @@ def test_the_import_reader_finds_what_is_written(module: str, source: str, insid
 
 
 PUBLIC = [
-    "Branch", "Cancelled", "Capabilities", "CapacityError", "Chunk", "ContextManager", "ContextOverflow",
+    "AsyncPool", "Branch", "Cancelled", "Capabilities", "CapacityError", "Chunk", "ContextManager", "ContextOverflow",
     "DecodeError", "Engine", "LlamaSessionsError", "MemoryKind", "ModelError", "NativeError", "NextToken",
-    "NoFreeSlot", "OptionError", "PRESETS", "Pending", "Prefix", "PrepareReport", "Preview", "PromptChunk",
-    "QueueFull", "RadixOptions", "RadixStats", "Reply", "Session", "Slots", "SnapshotError", "StateError", "Stats",
-    "StepReport", "StepResult", "Stream", "Stretch", "TemplateError", "TokenLogprob", "ToolCallDelta",
-    "builtin_model",
+    "NoFreeSlot", "OptionError", "PRESETS", "Pending", "Pool", "PoolStats", "Prefix", "PrepareReport", "Preview",
+    "PromptChunk", "QueueFull", "RadixOptions", "RadixStats", "Reply", "Session", "Slots", "SnapshotError",
+    "StateError", "Stats", "StepReport", "StepResult", "Stream", "Stretch", "TemplateError", "Ticket", "TokenLogprob",
+    "ToolCallDelta", "builtin_model",
 ]  # fmt: skip
 
 

@@ -8,6 +8,9 @@ with ContextManager.load("model.gguf", max_sessions=8) as cm:
     print(Engine(cm).chat(chat, "What is a KV cache?").text)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .call_reader import ToolCallDelta
 from .engine import Engine
 from .errors import (
@@ -37,8 +40,15 @@ from .session import Session
 from .stream import Stream
 from .types import Capabilities, MemoryKind
 
+if TYPE_CHECKING:
+    from .async_pool import AsyncPool
+    from .pool import Pool
+    from .pool_stats import PoolStats
+    from .ticket import Ticket
+
 __all__ = [
     "PRESETS",
+    "AsyncPool",
     "Branch",
     "Cancelled",
     "Capabilities",
@@ -56,6 +66,8 @@ __all__ = [
     "NoFreeSlot",
     "OptionError",
     "Pending",
+    "Pool",
+    "PoolStats",
     "Prefix",
     "PrepareReport",
     "Preview",
@@ -74,10 +86,22 @@ __all__ = [
     "Stream",
     "Stretch",
     "TemplateError",
+    "Ticket",
     "TokenLogprob",
     "ToolCallDelta",
     "builtin_model",
 ]
+
+
+_WHEN_ASKED = {"AsyncPool": "async_pool", "Pool": "pool", "PoolStats": "pool_stats", "Ticket": "ticket"}
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported only where it is used: asyncio alone takes as long as half of the rest."""
+    if name not in _WHEN_ASKED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_WHEN_ASKED[name]}", __name__), name)
+    return value
 
 
 def builtin_model() -> str:

@@ -120,41 +120,90 @@ class Generation:
         """Since it was started."""
         return 0.0 if self._started is None else time.perf_counter() - self._started
 
-    def start(self, seconds_ago: float = 0.0) -> None:
+    def start(self, seconds_ago: float = 0.0, *, may_wait: bool = False) -> bool:
         """Add the user's message, hold the session, begin the prompt. On an error everything is as before.
 
-        `seconds_ago`: how long the call of which it is a part has been going on.
+        `seconds_ago`: how long the call of which it is a part has been going on. `may_wait`: where there is no slot, or
+        no cells, now, return False instead of raising; it may be started again, and the session stays held.
         """
         self._started = time.perf_counter() - seconds_ago
-        cm, session, options = self._cm, self.session, self._options
-        cm.hold(session, self.holder)
+        session = self.session
+        self._cm.hold(session, self.holder)
         had_row = session.n_past > 0
         try:
-            _check_question(_asked(session, self._anew), self._text, options)  # it may have changed since
-            if self._anew:
-                self._old = session.messages[-1]
-                session.messages.pop()
-            if self._text is not None:
-                self._user = {"role": "user", "content": self._text}
-                session.messages.append(self._user)
-            self._asked = session.messages[-1]
-            if options.continue_last:
-                self._partial = check_partial(session.messages)["content"]
-            self._pending = cm.begin(session, holder=self.holder, continue_last=options.continue_last)
-            if not self._pending.wants_logits:
-                raise OptionError("there is nothing to answer: only a system text; pass a text, or add a user message")
-            if self._partial:
-                self._before = self._spelling_before(self._partial)
-            self._row, self._n_prompt = self._pending.row, self._pending.n_tokens
-            self._sampler.begin(self._pending.tokens)
-            self._speech = Speech(self._parser())
-            self._thinking = self._thinking_of(self._speech, self._go_on())
-            self._opened_by_prompt = self._speech.is_thinking
-        except BaseException:
+            self._open()
+        except BaseException as e:
+            if may_wait and isinstance(e, CapacityError) and not isinstance(e, ContextOverflow):
+                self._take_back()
+                self._started = self._pending = self._user = self._old = None
+                return False
             self.fail()
             if not had_row:  # nothing of its own is decoded yet, and what it shares can be shared again
                 self._release()
             raise
+        return True
+
+    def _open(self) -> None:
+        """Ask the question and begin the prompt."""
+        session, options = self.session, self._options
+        _check_question(_asked(session, self._anew), self._text, options)  # it may have changed since
+        if self._anew:
+            self._old = session.messages[-1]
+            session.messages.pop()
+        if self._text is not None:
+            self._user = {"role": "user", "content": self._text}
+            session.messages.append(self._user)
+        self._asked = session.messages[-1]
+        if options.continue_last:
+            self._partial = check_partial(session.messages)["content"]
+        self.begin_prompt()
+        if not self._begun().wants_logits:
+            raise OptionError("there is nothing to answer: only a system text; pass a text, or add a user message")
+        if self._partial:
+            self._before = self._spelling_before(self._partial)
+        self._sampler.begin(self._begun().tokens)
+        self._speech = Speech(self._parser())
+        self._thinking = self._thinking_of(self._speech, self._go_on())
+        self._opened_by_prompt = self._speech.is_thinking
+
+    def begin_prompt(self) -> None:
+        """Plan the prompt; again, where there is more to share by now."""
+        begun = self._cm.begin(self.session, holder=self.holder, continue_last=self._options.continue_last)
+        self._pending, self._row, self._n_prompt = begun, begun.row, begun.n_tokens
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens said so far."""
+        return len(self._speech.tokens)
+
+    def give_up_row(self) -> None:
+        """Let the row go for others; `come_back` gets it again, token for token."""
+        self._cm.park(self.session, holder=self.holder)
+
+    def come_back(self) -> None:
+        """Begin to get the row again. CapacityError where there is no room for it yet."""
+        if not self._speech.tokens:
+            self.begin_prompt()
+            return
+        self._renewal = self._cm.begin_return(self.session, holder=self.holder) or self._renewal
+        if self._renewal is not None:
+            self._row = self._renewal.row
+
+    def begin_again(self) -> None:
+        """After a decode that failed in the middle: the row is to be what it was to become, with fresh logits."""
+        if not self._speech.tokens:
+            self.begin_prompt()
+            return
+        row, tokens = self._row, self._speech.tokens
+        if row is None or row.n < self._n_prompt:
+            self._renewal = self._cm.begin(
+                self.session, holder=self.holder, continue_last=self._options.continue_last, reply=tokens
+            )
+            self._n_prompt = self._renewal.n_tokens - len(tokens)
+        else:
+            wanted = [*row.tokens[: self._n_prompt].tolist(), *tokens]
+            self._renewal = self._cm.begin_again(self.session, wanted, holder=self.holder)
+        self._row = self._renewal.row
 
     def _parser(self) -> ReplyParser:
         """What takes the reply apart. A raw session's is text. One bound by a schema calls no tools, and one bound by a

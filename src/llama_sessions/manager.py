@@ -346,6 +346,24 @@ class ContextManager:
             report = self._stepper.step(left, holder)
             return StepReport({**errors, **report.results}, report.n_tokens, report.seconds)
 
+    def begin_return(self, session: Session, *, holder: object | None = None) -> Pending | None:
+        """Begin to bring a parked session's row back, token for token; None for one that is not parked.
+
+        `step` decodes what is left, as of a prompt. Raises NoFreeSlot, CapacityError; it then stays parked.
+        """
+        with self._entry.gate(), self._entry.change:
+            self._seats.get(session, holder)
+            parked = self._parking.get(session)
+            if parked is None:
+                return None
+            return self._preparer.resume(session, parked, holder, wants_logits=False)
+
+    def begin_again(self, session: Session, tokens: Sequence[int], *, holder: object | None = None) -> Pending:
+        """Begin to make the row hold exactly (n,) `tokens` again, with fresh logits: after a decode that failed in the
+        middle of them. Raises NoFreeSlot, CapacityError."""
+        with self._entry.gate(), self._entry.change:
+            return self._preparer.begin_again(session, np.asarray(tokens, np.int32), holder)
+
     def _bring_back(
         self, session: Session, holder: object | None, *, wants_logits: bool, but: Sequence[Session] = ()
     ) -> None:
@@ -361,8 +379,6 @@ class ContextManager:
             pending = self._preparer.resume(session, parked, holder, wants_logits=wants_logits, but=but)
             while not pending.done:
                 self._stepper.step_one(PromptChunk(pending, self._store.caps.n_batch), holder, but)
-            pending.seat.prompt = parked.prompt
-            self._parking.forget(session)
         finally:
             session.n_past = len(parked.tokens)
 
@@ -473,7 +489,7 @@ class ContextManager:
             session.forget_appended()
             return was_parked or seat is not None
 
-    def park(self, session: Session) -> bool:
+    def park(self, session: Session, *, holder: object | None = None) -> bool:
         """Save the row's KV and give its slot back; False if the session has none.
 
         Whatever needs the row next (`prepare`, `append`, `logits`, `fork`) brings it back, into any slot, token for
@@ -481,7 +497,7 @@ class ContextManager:
         generating.
         """
         with self._entry.gate(), self._entry.change:
-            seat = self._seats.get(session)
+            seat = self._seats.get(session, holder)
             if seat is not None:
                 self._parking.park(session, seat)
             return seat is not None

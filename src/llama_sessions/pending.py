@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .kv.row import Row
@@ -18,8 +19,8 @@ class Pending:
     """A `prepare` under way: planned and applied, not decoded yet. Void once the session is begun again.
 
     `tokens`: (n,) int32, what the row is to hold; `n_reused` of them were there already. `rendered`: the prompt, of
-    which that is all unless something had to go: then `n_evicted` tokens, `dropped` messages. `is_return`: no prompt of
-    the user's, but a parked row on its way back.
+    which that is all unless something had to go: then `n_evicted` tokens, `dropped` messages. `on_return`: this is
+    no prompt of the user's, but a row on its way back; called when it is there.
     """
 
     session: Session
@@ -34,7 +35,7 @@ class Pending:
     dropped: tuple[Message, ...] = ()
     started: float = field(default_factory=time.perf_counter)
     decode_seconds: float = 0.0
-    is_return: bool = False
+    on_return: Callable[[], None] | None = None
     is_whole: bool = False  # once it is, it stays so, wherever the row goes then
 
     @property
@@ -61,9 +62,12 @@ class Pending:
         return self.is_whole and not self.is_void
 
     def conclude(self) -> bool:
-        """Whether it is done; the session is then told what it took."""
-        if self.done and not self.is_return:
-            self.session.last_prepare = self.report()
+        """Whether it is done; whoever has to know is told."""
+        if self.done:
+            if self.on_return is not None:
+                self.on_return()
+            else:
+                self.session.last_prepare = self.report()
         return self.done
 
     def report(self) -> PrepareReport:

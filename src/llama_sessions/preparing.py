@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .errors import CapacityError, SnapshotError
@@ -151,7 +152,23 @@ class Preparer:
         but = (session, *but)
         if self._seats.get(session, holder) is None and parked.owner is not None:
             self._parking.restore(session, parked, but=but)
-        return self._start(session, parked.tokens, parked.prompt, wants_logits, holder, started, but=but)
+        is_back = partial(self._is_back, session, parked.prompt)
+        prompt, tokens = parked.prompt, parked.tokens
+        return self._start(session, tokens, prompt, wants_logits, holder, started, but=but, on_return=is_back)
+
+    def begin_again(self, session: Session, tokens: TokenArray, holder: object | None) -> Pending:
+        """Begin to make a row hold what it was to hold, with fresh logits."""
+        seat = self._seats.get(session, holder)
+        prompt = Prompt() if seat is None else seat.prompt
+        is_back, started = partial(self._is_back, session, prompt), time.perf_counter()
+        return self._start(session, tokens, prompt, True, holder, started, on_return=is_back)
+
+    def _is_back(self, session: Session, prompt: Prompt) -> None:
+        """All of a row that returns is there."""
+        seat = self._seats.get(session, reading=True)
+        if seat is not None:
+            seat.prompt = prompt
+        self._parking.forget(session)
 
     def _start(
         self,
@@ -164,9 +181,10 @@ class Preparer:
         *,
         but: Sequence[Session] = (),
         asking: Asking | None = None,
+        on_return: Callable[[], None] | None = None,
     ) -> Pending:
-        """`but`: who is not to be parked for it. Without `asking` a parked row returns: it stays parked as well until
-        all of it is there."""
+        """`but`: who is not to be parked for it. Without `asking` a row returns, and `on_return` is called when it is
+        there: a parked one stays parked as well until then."""
         but = (session, *but)
         seat = self._true_seat(session, holder)
         exactly = asking is not None and asking.anew
@@ -189,7 +207,7 @@ class Preparer:
         self.n_tokens_reused += n_reused
         rendered = prompt.rendered or Rendered(tokens)
         pending = Pending(session, tokens, rendered, seat, seat.n_begun, n_reused, wants_logits, stretches)
-        pending.started, pending.is_return = started, asking is None
+        pending.started, pending.on_return = started, on_return
         if asking is not None:
             pending.n_evicted, pending.dropped = asking.n_evicted, asking.dropped
         seat.pending = weakref.ref(pending)

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
+from .course import Course
 from .errors import CapacityError, ContextOverflow, OptionError, StateError
 from .generation_options import GenerationOptions
-from .kv.row import Row
 from .llama.sampler import Sampler
 from .manager import ContextManager
 from .messages import check_message
 from .options import checked_text
-from .pending import NextToken, Pending, PromptChunk, Work
 from .prompts import check_partial, message_list
 from .reply import CUT_SHORT, Chunk, Reply, TokenLogprob, logprobs_of, reply_fields
 from .reply_parser import Part, ReplyParser, of_one_kind
@@ -30,7 +29,7 @@ from .types import Constraint, FloatArray, Message
 _TAIL = 256  # characters of the prompt in which a reply header is looked for
 
 
-class Generation:
+class Generation(Course):
     """A reply of one session. Call `start`; then, until `reply` is there: `work`, a step of it, and `chunks` of what
     `choose` makes of the logits.
 
@@ -50,12 +49,10 @@ class Generation:
         """`holder`: who holds the session meanwhile, and steps it; None: the generation itself. `anew`: the last
         message is a reply, and this one comes in its place."""
         _check_question(_asked(session, anew), text, options)
-        self.session = session
+        super().__init__(cm, session, holder, continues=options.continue_last)
         self._anew = anew
         self._old: Message | None = None  # the reply in whose place this one comes
-        self._holder = holder
         self.reply: Reply | None = None
-        self._cm = cm
         self._vocab = cm.vocab
         self.timeout_s = options.timeout_s
         self._text = text
@@ -69,15 +66,9 @@ class Generation:
         self._user: Message | None = None
         self._asked: Message | None = None
         self._partial: str | None = None  # what the message to continue said before
-        self._pending: Pending | None = None
-        self._n_at_way = -1  # tokens there were when it last gave way
-        self._renewal: Pending | None = None  # of a reply that had to go on in a new window
-        self._row: Row | None = None  # the pending prompt's
-        self._n_prompt = 0
         self._opened_by_prompt = False  # the thinking, which no grammar is about
         self._thought = ""  # what the message to continue had thought before
         self._before: list[int] = []  # ids that spell what a partial message said
-        self._most = cm.capabilities.n_row_max
         self._started: float | None = None
         self._first_token_s = 0.0
 
@@ -86,28 +77,9 @@ class Generation:
         self.session, self._on_end = session, on_end
 
     @property
-    def holder(self) -> object:
-        """Who holds the session and may step it."""
-        return self if self._holder is None else self._holder  # not kept: it would be a cycle
-
-    @property
     def is_new(self) -> bool:
         """Whether `start` is still to come."""
         return self._started is None
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether a token was chosen already, and nothing has to be decoded before the next but that."""
-        return bool(self._speech.tokens) and (self._renewal is None or self._renewal.done)
-
-    @property
-    def pending(self) -> Pending | None:
-        """The prompt under way, or None before `start` and once it is decoded."""
-        if self._renewal is not None and not self._renewal.done:
-            return self._renewal
-        if self._speech.tokens or self._pending is None or self._pending.done:
-            return None
-        return self._pending
 
     @property
     def is_late(self) -> bool:
@@ -157,53 +129,15 @@ class Generation:
         if options.continue_last:
             self._partial = check_partial(session.messages)["content"]
         self.begin_prompt()
-        if not self._begun().wants_logits:
+        if not self.begun().wants_logits:
             raise OptionError("there is nothing to answer: only a system text; pass a text, or add a user message")
         if self._partial:
             self._before = self._spelling_before(self._partial)
-        self._sampler.begin(self._begun().tokens)
+        self._sampler.begin(self.begun().tokens)
         self._speech = Speech(self._parser())
+        self.tokens = self._speech.tokens
         self._thinking = self._thinking_of(self._speech, self._go_on())
         self._opened_by_prompt = self._speech.is_thinking
-
-    def begin_prompt(self) -> None:
-        """Plan the prompt; again, where there is more to share by now."""
-        begun = self._cm.begin(self.session, holder=self.holder, continue_last=self._options.continue_last)
-        self._pending, self._row, self._n_prompt = begun, begun.row, begun.n_tokens
-
-    @property
-    def n_generated(self) -> int:
-        """Tokens said so far."""
-        return len(self._speech.tokens)
-
-    def give_up_row(self) -> None:
-        """Let the row go for others; `come_back` gets it again, token for token."""
-        self._cm.park(self.session, holder=self.holder)
-
-    def come_back(self) -> None:
-        """Begin to get the row again. CapacityError where there is no room for it yet."""
-        if not self._speech.tokens:
-            self.begin_prompt()
-            return
-        self._renewal = self._cm.begin_return(self.session, holder=self.holder) or self._renewal
-        if self._renewal is not None:
-            self._row = self._renewal.row
-
-    def begin_again(self) -> None:
-        """After a decode that failed in the middle: the row is to be what it was to become, with fresh logits."""
-        if not self._speech.tokens:
-            self.begin_prompt()
-            return
-        row, tokens = self._row, self._speech.tokens
-        if row is None or row.n < self._n_prompt:
-            self._renewal = self._cm.begin(
-                self.session, holder=self.holder, continue_last=self._options.continue_last, reply=tokens
-            )
-            self._n_prompt = self._renewal.n_tokens - len(tokens)
-        else:
-            wanted = [*row.tokens[: self._n_prompt].tolist(), *tokens]
-            self._renewal = self._cm.begin_again(self.session, wanted, holder=self.holder)
-        self._row = self._renewal.row
 
     def _parser(self) -> ReplyParser:
         """What takes the reply apart. A raw session's is text. One bound by a schema calls no tools, and one bound by a
@@ -216,7 +150,7 @@ class Generation:
         return ReplyParser(
             replace(known, tool_formats=formats),
             tools=bool(session.tools),
-            thinking_open=known.starts_thinking(self._begun().rendered.tail(_TAIL)),
+            thinking_open=known.starts_thinking(self.begun().rendered.tail(_TAIL)),
             stops=options.stops,
         )
 
@@ -226,7 +160,7 @@ class Generation:
 
     def _go_on(self) -> int:
         """Take up what was thought of the message to continue; returns how many tokens that was."""
-        speech, begun = self._speech, self._begun().rendered.begun
+        speech, begun = self._speech, self.begun().rendered.begun
         n_thought = speech.go_on([self._vocab.piece(token) for token in begun])
         self._thought = speech.thinking
         if begun and speech.text:
@@ -236,22 +170,6 @@ class Generation:
                 "the message out and answer anew, as regenerate does"
             )
         return n_thought
-
-    def work(self, n_tokens: int) -> Work | None:
-        """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
-        tokens, row = self._speech.tokens, self._row
-        if self._renewal is not None and not self._renewal.done:
-            return PromptChunk(self._renewal, n_tokens)
-        if not tokens or row is None:
-            pending = self._begun()
-            return None if pending.done else PromptChunk(pending, n_tokens)
-        n_decoded = row.n - self._n_prompt
-        return NextToken(self.session, tokens[n_decoded]) if n_decoded < len(tokens) else None
-
-    def _begun(self) -> Pending:
-        if self._pending is None:
-            raise StateError("the generation was not started")
-        return self._pending
 
     def chunks(self, token: int | None) -> list[Chunk]:
         """What a chosen token gives: a chunk, and one more for each further kind of text in it. Ends the reply where
@@ -271,39 +189,9 @@ class Generation:
         parts = speech.push(token, vocab.piece(token))
         if self._options.stop is not None and speech.stopped:
             return self._last_chunks(token, parts, "stop_string")
-        if len(speech.tokens) >= self._options.max_tokens or not self._has_room():
+        if len(speech.tokens) >= self._options.max_tokens or not self.has_room():
             return self._last_chunks(token, parts, "length")
         return self._as_chunks(token, parts)
-
-    def _has_room(self) -> bool:
-        """Whether the row can take a token more, room made for it if need be."""
-        row, most = self._row, self._most
-        if row is None or most is None or (row.n < most and not row.offset):
-            return True
-        return self._cm.n_room(self.session) > 0 or self.makes_room()
-
-    def gives_way(self) -> bool:
-        """`makes_room` when cells have run out: once a token, or it might go on for nothing."""
-        n = len(self._speech.tokens)
-        again, self._n_at_way = self._n_at_way == n, n
-        return not again and self.makes_room()
-
-    def makes_room(self) -> bool:
-        """Whether something of the session's past could go: out of the row, or else in a window that begins anew, with
-        the reply so far in it. Many tokens at once, as that is dear."""
-        cm, session, tokens = self._cm, self.session, self._speech.tokens
-        most = self._most or 0
-        n_gone = cm.make_room(session, max(1, min(cm.headroom, most // 8) or most // 8), holder=self.holder)
-        if n_gone:
-            self._n_prompt -= n_gone
-            return True
-        try:
-            begun = cm.begin(session, holder=self.holder, continue_last=self._options.continue_last, reply=tokens)
-        except (ContextOverflow, CapacityError):
-            return False
-        self._renewal, self._row = begun, begun.row
-        self._n_prompt = begun.n_tokens - len(tokens)
-        return True
 
     def choose(self, logits: FloatArray) -> int | None:
         """The next token, by force or by the sampler, noted with its log-probability; for `chunks`."""
@@ -402,7 +290,7 @@ class Generation:
         ids = speech.ids_spelling(speech.text)
         fields = reply_fields(speech.thinking, speech.tool_calls)
         only_thought = speech.only_thought and not (self._partial or "").strip()
-        begun = [*self._begun().rendered.begun, *speech.tokens] if only_thought else []
+        begun = [*self.begun().rendered.begun, *speech.tokens] if only_thought else []
         if self._partial is not None:
             if asked is not None and asked["content"] == self._partial:
                 spelled = self._before + ids if self._before or not self._partial else []
@@ -417,7 +305,7 @@ class Generation:
     def _spelling_before(self, text: str) -> list[int]:
         """The last ids of the prompt, as far as they spell `text`; empty if they do not."""
         data, spelled, ids = text.encode(), b"", list[int]()
-        for token in reversed(self._begun().tokens.tolist()):
+        for token in reversed(self.begun().tokens.tolist()):
             if len(spelled) >= len(data):
                 break
             spelled = self._vocab.piece(token) + spelled

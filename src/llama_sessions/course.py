@@ -1,0 +1,136 @@
+"""What a reply has to decode, step by step: its prompt, then token by token; and the prompt again, where its row had to
+go, or its window to begin anew."""
+
+from __future__ import annotations
+
+from .errors import CapacityError, ContextOverflow, StateError
+from .kv.row import Row
+from .manager import ContextManager
+from .pending import NextToken, Pending, PromptChunk, Work
+from .session import Session
+
+
+class Course:
+    """The way of one reply through the context. It decodes nothing itself: `work` says what comes next.
+
+    `tokens`: what was said so far; all of it but the last token is in the row.
+    """
+
+    def __init__(self, cm: ContextManager, session: Session, holder: object | None, *, continues: bool) -> None:
+        """`holder`: who holds the session meanwhile; None: this. `continues`: the prompt ends within a message."""
+        self.session = session
+        self.tokens: list[int] = []
+        self._cm = cm
+        self._holder = holder
+        self._continues = continues
+        self._pending: Pending | None = None
+        self._renewal: Pending | None = None  # of a reply that had to go on in a new window, or in another row
+        self._row: Row | None = None
+        self._n_prompt = 0  # tokens of the row before the reply; below 0 where a part of the reply had to go
+        self._n_at_way = -1  # tokens there were when it last gave way
+        self._most = cm.capabilities.n_row_max
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a token was chosen already, and nothing has to be decoded before the next but that."""
+        return bool(self.tokens) and (self._renewal is None or self._renewal.done)
+
+    @property
+    def pending(self) -> Pending | None:
+        """The prompt under way, or None before `start` and once it is decoded."""
+        if self._renewal is not None and not self._renewal.done:
+            return self._renewal
+        if self.tokens or self._pending is None or self._pending.done:
+            return None
+        return self._pending
+
+    @property
+    def holder(self) -> object:
+        """Who holds the session and may step it."""
+        return self if self._holder is None else self._holder  # not kept: it would be a cycle
+
+    def begin_prompt(self) -> None:
+        """Plan the prompt; again, where there is more to share by now."""
+        begun = self._cm.begin(self.session, holder=self.holder, continue_last=self._continues)
+        self._pending, self._row, self._n_prompt = begun, begun.row, begun.n_tokens
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens said so far."""
+        return len(self.tokens)
+
+    def give_up_row(self) -> None:
+        """Let the row go for others; `come_back` gets it again, token for token."""
+        self._cm.park(self.session, holder=self.holder)
+
+    def come_back(self) -> None:
+        """Begin to get the row again. CapacityError where there is no room for it yet."""
+        if not self.tokens:
+            self.begin_prompt()
+            return
+        self._renewal = self._cm.begin_return(self.session, holder=self.holder) or self._renewal
+        if self._renewal is not None:
+            self._row = self._renewal.row
+
+    def begin_again(self) -> None:
+        """After a decode that failed in the middle: the row is to be what it was to become, with fresh logits."""
+        if not self.tokens:
+            self.begin_prompt()
+            return
+        row, tokens = self._row, self.tokens
+        if row is None or row.n < self._n_prompt + len(tokens) - 1:  # it lost more than what failed
+            self._renewal = self._cm.begin(
+                self.session, holder=self.holder, continue_last=self._continues, reply=tokens
+            )
+            self._n_prompt = self._renewal.n_tokens - len(tokens)
+        else:
+            wanted = [*row.tokens.tolist(), *tokens[row.n - self._n_prompt :]]
+            self._renewal = self._cm.begin_again(self.session, wanted, holder=self.holder)
+        self._row = self._renewal.row
+
+    def work(self, n_tokens: int) -> Work | None:
+        """What to decode before the next chunk, at most `n_tokens`; None: logits are ready."""
+        tokens, row = self.tokens, self._row
+        if self._renewal is not None and not self._renewal.done:
+            return PromptChunk(self._renewal, n_tokens)
+        if not tokens or row is None:
+            pending = self.begun()
+            return None if pending.done else PromptChunk(pending, n_tokens)
+        n_decoded = row.n - self._n_prompt
+        return NextToken(self.session, tokens[n_decoded]) if n_decoded < len(tokens) else None
+
+    def begun(self) -> Pending:
+        """The prompt, begun; StateError before that."""
+        if self._pending is None:
+            raise StateError("the generation was not started")
+        return self._pending
+
+    def has_room(self) -> bool:
+        """Whether the row can take a token more, room made for it if need be."""
+        row, most = self._row, self._most
+        if row is None or most is None or (row.n < most and not row.offset):
+            return True
+        return self._cm.n_room(self.session) > 0 or self.makes_room()
+
+    def gives_way(self) -> bool:
+        """`makes_room` when cells have run out: once a token, or it might go on for nothing."""
+        n = len(self.tokens)
+        again, self._n_at_way = self._n_at_way == n, n
+        return not again and self.makes_room()
+
+    def makes_room(self) -> bool:
+        """Whether something of the session's past could go: out of the row, or else in a window that begins anew, with
+        the reply so far in it. Many tokens at once, as that is dear."""
+        cm, session, tokens = self._cm, self.session, self.tokens
+        most = self._most or 0
+        n_gone = cm.make_room(session, max(1, min(cm.headroom, most // 8) or most // 8), holder=self.holder)
+        if n_gone:
+            self._n_prompt -= n_gone
+            return True
+        try:
+            begun = cm.begin(session, holder=self.holder, continue_last=self._continues, reply=tokens)
+        except (ContextOverflow, CapacityError):
+            return False
+        self._renewal, self._row = begun, begun.row
+        self._n_prompt = begun.n_tokens - len(tokens)
+        return True

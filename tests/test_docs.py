@@ -23,7 +23,12 @@ def run(*args: str, stdin: str | None = None) -> str:
 
 
 def test_the_readme_runs_as_it_stands() -> None:
-    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    first, second, third = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    said = run("-c", third)
+    name, window, prompt, exact = said.splitlines()
+    assert (name, exact) == ("Your name is Marelo.", "True")
+    assert window == "12 of 64 messages in the window"
+    assert prompt.endswith(", approximate")
     assert "Nice to meet you, Marelo. {'prompt_tokens': " in run("-c", second)
     out = run("-c", first)
     assert re.search(r"\{'happy': (True|False)\}", out)
@@ -44,6 +49,20 @@ SAID = {
     "08_thinking": ["thinking 'You'", "content  'Your'", "'reasoning_content': ", "Your name is Marelo."],
     "09_more_sessions_than_slots": ["20 people, 3 slots, 17 parked", "Your name is Ilmera.", "tokens restored"],
     "10_shared_documents": ["Your horse is called Bemor.", "155 reused, 1 decoded", "cache [0, 144)", "[0, 144)"],
+    "11_endless_chat": [
+        "The password is velora.   [128 reused, 21 decoded, 49 evicted; 6 of 30 messages",
+        "Your name is Anelda.",
+        "You have not told me your favourite drink.",
+        "exact: False\nexact once rebuilt: True",
+    ],
+    "12_summarise_on_evict": [
+        "12 messages go. My name is Marelo. My favourite drink is tea. The key is in Tamoli.\n  10 messages go. ",
+        "? Your name is Marelo.",
+        "? Your favourite drink is tea.",
+        "? The key is in Tamoli.",
+        "? You have not told me where the map is.",
+        "in the window begin with: My name is Marelo.",
+    ],
 }
 
 

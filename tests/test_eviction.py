@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count, pairwise
 from typing import Any
 
@@ -161,6 +163,14 @@ def returning(answer: Any) -> Callable[[Eviction], Any]:
         return answer
 
     return own
+
+
+def test_the_strategy_that_the_docstring_of_eviction_shows_takes_half_at_once() -> None:
+    (shown,) = doctest.DocTestFinder().find(Eviction, "Eviction", globs={"replace": replace, "STRATEGIES": STRATEGIES})
+    assert doctest.DocTestRunner().run(shown, clear_globs=False).attempted == 1
+    own = shown.globs["half_at_once"]
+    assert plan_eviction(asked("uaua" * 3 + "u", 1), own) == ((0, 80),)
+    assert plan_eviction(asked("uaua" * 3 + "u", 90), own) == ((0, 100),)
 
 
 def test_the_options_know_each_strategy() -> None:

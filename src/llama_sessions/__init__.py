@@ -29,6 +29,7 @@ from .errors import (
     TemplateError,
 )
 from .generation_options import PRESETS
+from .kv.eviction import STRATEGIES, Eviction, Piece
 from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .manager import ContextManager
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "STRATEGIES",
     "AsyncPool",
     "Branch",
     "Cancelled",
@@ -58,6 +60,7 @@ __all__ = [
     "ContextOverflow",
     "DecodeError",
     "Engine",
+    "Eviction",
     "LlamaSessionsError",
     "MemoryKind",
     "ModelError",
@@ -66,6 +69,7 @@ __all__ = [
     "NoFreeSlot",
     "OptionError",
     "Pending",
+    "Piece",
     "Pool",
     "PoolStats",
     "Prefix",

@@ -44,6 +44,7 @@ class PrepareReport:
         return (
             f"{self.n_tokens} tokens: {self.n_reused} reused, {self.n_decoded} decoded in {self.seconds * 1e3:.1f} ms"
             f" ({', '.join(map(str, self.stretches)) or 'nothing to do'})"
+            f"{f', {self.n_evicted} evicted' if self.n_evicted else ''}{'' if self.exact else ', approximate'}"
         )
 
 

@@ -18,8 +18,9 @@ TokenRange: TypeAlias = tuple[int, int]
 class Piece:
     """Tokens `[p0, p1)` of a row that belong to one message, its frame included.
 
-    `index`: number of the message, -1 for tokens of no message (text without a template). Pieces come in order, one a
-    message, and may be empty; what lies between two of them belongs to no message either. `is_pinned`: stays whole.
+    `index`: number of the message in the prompt, a system text counted; -1 for tokens of no message. Pieces come in
+    order, one a message, and may be empty; what lies between two of them belongs to no message either. `is_pinned`:
+    stays whole (so do a system text and what `before_encode` put in).
     """
 
     index: int
@@ -34,7 +35,16 @@ class Eviction:
     """What a strategy is asked: at least `n_needed` (1 or more) of `n_tokens` tokens must go.
 
     `n_kept`: the first so many stay whatever they belong to. What also stays: pinned pieces, and the last piece whose
-    role is "user" with everything behind it. Fewer than `n_needed` may go, where no more can.
+    role is "user" with everything behind it. Fewer than `n_needed` may go, where no more can. `pieces` are the
+    messages of the window in order (a reply under way is in none).
+
+    A strategy is a pure function from this to the token ranges `[p0, p1)` that go, in any order, without overlap; what
+    breaks these rules is an OptionError. A message leaves the window once none of its tokens is left, a tool call only
+    together with its results. Half of it all at once, so that evictions are rare:
+
+    >>> def half_at_once(request):
+    ...     n_needed = max(request.n_needed, request.n_tokens // 2)
+    ...     return STRATEGIES["message"](replace(request, n_needed=n_needed))  # or "fifo"
     """
 
     n_needed: int

@@ -24,12 +24,11 @@ from .prompts import Conversation, Prompter
 from .render import Rendered
 from .seats import Seat
 from .session import Session
+from .stretches import NO_TOKENS
 from .types import MemoryKind, Message, TokenArray
 from .window import Window
 
 logger = logging.getLogger("llama_sessions")
-
-NO_TOKENS: TokenArray = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

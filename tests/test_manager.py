@@ -1506,3 +1506,19 @@ def test_check_integrity_finds_a_planted_fault(load: Loader, plant: Any, match: 
         cm.check_integrity()
     assert match in str(e.value)
     cm.close()
+
+
+def test_a_row_with_gaps_has_the_headroom_too_when_its_positions_end(load: Loader) -> None:
+    """Of 512 positions, a row of 256 tokens at most uses more and more; then it begins anew."""
+    cm = load(n_ctx=256, overflow="gap", model={"n_ctx_train": 512})
+    session, n_anew, had_gaps = Session(), 0, False
+    for i in range(30):
+        session.add_user(f"Turn {i} is one of many.")
+        cm.prepare(session)
+        report = session.last_prepare
+        assert report is not None
+        assert cm.n_room(session) >= min(cm.headroom, cm.n_ctx_seq - report.n_tokens)
+        n_anew += had_gaps and report.exact
+        had_gaps = not report.exact
+        session.add_assistant("I see.")
+    assert n_anew

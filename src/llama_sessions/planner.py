@@ -32,8 +32,10 @@ class Planner:
         wants_logits: bool,
         cached: Cached | None = None,
         exactly: bool = False,
+        headroom: int = 0,
     ) -> Plan:
         """`row`: the session's own, of use where it is true and of the namespace; `exactly`: as far as it is exact.
+        `headroom`: tokens that a row with gaps must be able to take behind the prompt, or as many as a new one could.
         ContextOverflow where the prompt is longer than a row can be."""
         store = self._store
         check_length(store, len(tokens), "the conversation")
@@ -58,7 +60,8 @@ class Planner:
         exact = replace(own, tokens=own.tokens[: row.n_exact], jumps=())
         wanted = replace(wanted, has_logits=False)
         anew = make_plan(wanted, exact, others, store.caps, cached=cached, costs=store.sequences.costs)
-        fits = store.caps.n_ctx_train >= row.offset + len(tokens)
+        headroom = min(headroom, store.caps.n_ctx_seq - len(tokens))
+        fits = store.caps.n_ctx_train >= row.offset + len(tokens) + headroom
         return anew if exactly or not fits or anew.n_decode <= plan.n_decode else plan
 
 

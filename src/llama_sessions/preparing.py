@@ -187,8 +187,7 @@ class Preparer:
         there: a parked one stays parked as well until then."""
         but = (session, *but)
         seat = self._true_seat(session, holder)
-        exactly = asking is not None and asking.anew
-        match, plan = self._planned(session, seat, tokens, wants_logits, but, exactly=exactly)
+        match, plan = self._planned(session, seat, tokens, wants_logits, but, asking)
         if seat is None:
             seat = self._seats.take(session)
         n_restored = 0
@@ -232,12 +231,11 @@ class Preparer:
         tokens: TokenArray,
         wants_logits: bool,
         but: Sequence[Session],
-        *,
-        exactly: bool = False,
+        asking: Asking | None,
     ) -> tuple[KvMatch, Plan]:
         """The plan, and what of the cache it counts on. Idle sessions are parked where cells or a slot are short."""
         while True:
-            draft = self._draft(session, seat, tokens, wants_logits, but, exactly=exactly)
+            draft = self._draft(session, seat, tokens, wants_logits, but, asking)
             if draft.refused is None:
                 row = None if seat is None else seat.row
                 if not self._parking.make_way(draft.plan, row, with_slot=seat is None, but=but):
@@ -252,17 +250,18 @@ class Preparer:
         tokens: TokenArray,
         wants_logits: bool,
         but: Sequence[Session],
-        *,
-        exactly: bool = False,
+        asking: Asking | None,
     ) -> _Draft:
         """The best plan for which room can be made, or one for which it cannot. Asks only."""
         row = None if seat is None else seat.row
         match = self._snapshots.match(session.namespace, tokens)
+        anew, headroom = (False, 0) if asking is None else (asking.anew, asking.headroom)
         while True:
             cached = self._snapshots.cached(match)
             plan = self._planner.plan(
-                row, session.namespace, tokens, wants_logits=wants_logits, cached=cached, exactly=exactly
-            )
+                row, session.namespace, tokens,
+                wants_logits=wants_logits, cached=cached, exactly=anew, headroom=headroom,
+            )  # fmt: skip
             try:
                 self._parking.who_goes(plan, row, with_slot=seat is None, but=but)
                 return _Draft(match, plan)
@@ -318,7 +317,7 @@ class Preparer:
         n_evicted = 0 if narrowed is None else narrowed.n_evicted
         if most is not None and n > most:
             return Preview(n_tokens=n, n_to_decode=n, fits=False, n_free=n_free, n_evicted=n_evicted)
-        draft = self._draft(session, seat, tokens, not conversation.is_empty, (session,))
+        draft = self._draft(session, seat, tokens, not conversation.is_empty, (session,), asking)
         n_to_decode = draft.plan.n_decode if n_reused is None else n - n_reused
         fits = draft.refused is None or n_reused is not None
         return Preview(n_tokens=n, n_to_decode=n_to_decode, fits=fits, n_free=n_free, n_evicted=n_evicted)

@@ -63,6 +63,7 @@ SAID = {
         "? You have not told me where the map is.",
         "in the window begin with: My name is Marelo.",
     ],
+    "13_pool": ["Your name is Ilmera.  the same words: True", "as it comes: Your| name| is|", "17 done, 1 cancelled"],
 }
 
 

@@ -45,6 +45,35 @@ def test_a_tool_result_has_only_the_fields_that_were_given() -> None:
     assert Session().add_tool_result("42") == {"role": "tool", "content": "42"}
 
 
+def test_undo_takes_the_last_question_and_all_that_came_of_it() -> None:
+    session = Session()
+    session.add_user("first")
+    session.add_assistant("one")
+    session.add_user("second")
+    session.add("assistant", "", tool_calls=[{"id": "a", "function": {"name": "look", "arguments": "{}"}}])
+    session.add_tool_result("found", "a")
+    assert session.undo() == 3
+    assert [m["content"] for m in session.messages] == ["first", "one"]
+    assert session.undo() == 2
+    assert session.undo() == 0
+
+
+def test_undo_where_no_user_spoke_takes_all() -> None:
+    session = Session()
+    session.add_assistant("Hello.")
+    assert session.undo() == 1
+    assert session.messages == []
+
+
+def test_undo_touches_nothing_where_a_message_is_none() -> None:
+    session = Session()
+    session.add_user("first")
+    session.messages.append("second")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="message 1"):
+        session.undo()
+    assert len(session.messages) == 2
+
+
 def test_more_fields_of_a_message_are_kept() -> None:
     calls = [{"function": {"name": "f", "arguments": {}}}]
     message = Session().add("assistant", "", tool_calls=calls)

@@ -135,6 +135,14 @@ class Session:
         fields = {"tool_call_id": tool_call_id, "name": name or known.get(tool_call_id)}
         return self.add("tool", content, **{k: v for k, v in fields.items() if v is not None})
 
+    def undo(self) -> int:
+        """Take back the last message of the user and all that came of it (all there is, where no user spoke); returns
+        how many messages went."""
+        n = len(self.messages)
+        spoken = [i for i in range(n) if check_message(self.messages[i], f"message {i}")["role"] == "user"]
+        del self.messages[spoken[-1] if spoken else 0 :]
+        return n - len(self.messages)
+
     def add_reply(
         self,
         text: str,

@@ -145,13 +145,10 @@ class Terminal:
             self._say(f"{'*' if i == self._at else ' '} {i + 1}: {len(session.messages)} messages, {last[:60]!r}")
 
     def _undo(self, _: str) -> None:
-        messages = self._session.messages
-        if not messages:
+        if self._session.undo():
+            self._say(f"{len(self._session.messages)} messages left")
+        else:
             self._say("there is nothing to undo")
-            return
-        while messages and messages.pop()["role"] != "user":
-            pass
-        self._say(f"{len(messages)} messages left")
 
     def _regenerate(self, _: str) -> None:
         """Stream another answer; the old one comes back if it is stopped before its first token."""

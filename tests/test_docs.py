@@ -96,6 +96,17 @@ def test_the_demo_tells_its_story_and_mixes_nothing_up() -> None:
     assert "Your name is Anelda." in out.split("Anna is parked")[1]
     assert "Your list: candles, milk, rope." in out
     assert "Your list: candles, milk, soap." in out
+    told, _ = out.split("6. Ben talks on")[1].split("Where everything is")
+    for n in (8, 16, 24, 32):
+        assert re.search(rf" {n} stories later: 16 of {16 + 2 * n} messages in the window, 70\d tokens in 1024, ", told)
+    assert int(re.findall(r"(\d+) gone", told)[-1]) > 2 * 1024
+    assert re.findall(r"(Ben|Anna|Ben'): .*\?  +(\S.*?\.)  ", told) == [
+        ("Ben", "The password is velora."),
+        ("Ben", "Your name is Borvin."),
+        ("Ben", "Your list is empty."),
+        ("Anna", "Your favourite drink is cocoa."),
+        ("Ben'", "Your list: candles, milk, soap."),
+    ]
     for line in anna + ben:
         assert re.search(r"\d+ reused +\d+ decoded +[\d.]+ ms$", line), line
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle, islice
+
 from .engine import Engine
 from .manager import ContextManager
 from .reply import Reply
@@ -11,6 +13,13 @@ SYSTEM = (
     "You are a careful assistant who remembers what people say. The password is velora. "
     "If you were not told something, say so."
 )
+
+STORY = (
+    "There was a long story in the paper about {}, who sailed to {} in a small boat and came back rich. "
+    "Yesterday I met {} at the market and we talked for a long time about the harvest. "
+    "It rained all night and the road to {} is wet."
+)
+PLACES = ("Orwas", "Bemor", "Sulan", "Mirto", "Tamoli", "Ilmera", "Velan")
 
 
 class Demo:
@@ -69,6 +78,22 @@ class Demo:
         print(f"  Anna is parked: {cells - cm.stats().n_cells_unique} cells freed, {anna.n_past} tokens saved")
         self.say("Ben", ben, "Add bread to my list.")
         self.say("Anna", anna, "What is my name?")
+
+        self.act("6. Ben talks on, far past the context: the oldest turns go, the password and what he pins stay")
+        ben.pin_message(0)
+        ben.pin_message(1)
+        places = cycle(PLACES)
+        for n in range(1, 33):
+            self.engine.chat(ben, STORY.format(*islice(places, 4)), temperature=0, max_tokens=48)
+            if n % 8 == 0:
+                window = f"{len(ben.window)} of {len(ben.messages)} messages in the window"
+                n_gone = cm.stats().n_tokens_evicted
+                print(f"  {n:2d} stories later: {window}, {ben.n_past} tokens in {cm.n_ctx_seq}, {n_gone} gone")
+        self.say("Ben", ben, "What is the password?")
+        self.say("Ben", ben, "What is my name?")
+        self.say("Ben", ben, "What is on my list?")
+        self.say("Anna", anna, "What is my favourite drink?")
+        self.say("Ben'", twin, "What is on my list?")
 
         self.act("Where everything is")
         print("  " + cm.describe().replace("\n", "\n  "))

@@ -93,6 +93,19 @@ def test_an_error_is_said_and_the_conversation_goes_on(load: Loader, line: str) 
     assert "said]" in out
 
 
+def test_pin_keeps_the_last_turn_and_what_is_out_of_the_window_is_said(tiny_chat: Path) -> None:
+    with ContextManager.load(tiny_chat, max_sessions=1, n_ctx=256, n_threads=1) as cm:
+        counting = [f"What comes after {n}?" for n in range(1, 10)]
+        out = talk(cm, "/pin", "My name is Marelo.", "/pin", *counting, "What is my name?", "/stats", max_tokens=24)
+    nothing, said = out.split("there is nothing to pin")
+    assert nothing.endswith("> /pin\n")
+    assert "2 messages pinned" in said
+    assert "Your name is Marelo." in said
+    assert "; 14 of 22 messages in the window]" in said
+    assert re.search(r"context \d\d% full: 14 of 22 messages in the window", said)
+    assert " of 14 messages in the window" not in said  # while all of them are
+
+
 def test_from_a_pipe_it_answers_and_ends() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "llama_sessions", "chat", "--preset", "fast", "--system", "The password is velora."],
@@ -163,8 +176,37 @@ def test_info_tells_what_a_model_can_do() -> None:
         [sys.executable, "-m", "llama_sessions", "info"], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    for text in ("tiny-chat", "memory     full", "bytes a token", "shifting   allowed", "nothing to warn of"):
+    for text in (
+        "tiny-chat",
+        "memory     full",
+        "bytes a token",
+        "shifting   allowed",
+        "shift: what stands",
+        "nothing to warn of",
+    ):
         assert text in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "says"),
+    [
+        ("llama-bpe", {}, "shift: what stands behind a hole moves up"),
+        (
+            "llama-yarn",
+            {},
+            r"gap: positions go on to \d+ \(so choose a smaller n_ctx\), then the window is decoded anew",
+        ),
+        ("gemma3", {"swa_full": False}, "decoded anew: whatever stays"),
+        ("hybrid", {}, "decoded anew: whatever stays"),
+        ("mamba", {}, "never needed: a state takes no more room"),
+    ],
+)
+def test_info_says_what_becomes_of_long_conversations(
+    load: Loader, recipe: str, options: dict[str, Any], says: str
+) -> None:
+    from llama_sessions.info import describe
+
+    assert re.search(rf"^eviction   {says}", "\n".join(describe(load(recipe, **options))), re.MULTILINE)
 
 
 REFUSES = (

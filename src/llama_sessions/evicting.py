@@ -25,7 +25,7 @@ from .render import Rendered
 from .seats import Seat
 from .session import Session
 from .stretches import NO_TOKENS
-from .types import MemoryKind, Message, TokenArray
+from .types import Message, TokenArray
 from .window import Window
 
 logger = logging.getLogger("llama_sessions")
@@ -207,10 +207,9 @@ class Evictor:
     def ways(self, row: Row) -> list[str]:
         """How the middle of this row can be taken out, the wanted way first."""
         caps = self._store.caps
-        whole = caps.kind is MemoryKind.FULL or (caps.kind is MemoryKind.WINDOW and caps.swa_full)
         possible = {
-            "shift": whole and caps.can_shift,
-            "gap": whole and row.end < caps.n_ctx_train and caps.n_ctx_seq < caps.n_ctx_train,
+            "shift": caps.can_have_holes and caps.can_shift,
+            "gap": caps.can_have_holes and row.end < caps.n_ctx_train and caps.n_ctx_seq < caps.n_ctx_train,
         }
         order = {"shift": ("shift", "gap"), "gap": ("gap",), "reprefill": ()}[self._overflow]
         return [way for way in order if possible[way]]

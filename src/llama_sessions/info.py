@@ -29,10 +29,22 @@ def describe(cm: ContextManager) -> Iterator[str]:
     yield f"context    {caps.n_ctx} tokens now, trained for {caps.n_ctx_train}; {caps.n_vocab} tokens in the vocabulary"
     yield from _sizes(caps)
     yield f"shifting   {'allowed' if caps.can_shift else f'not allowed: {caps.shift_refused_because}'}"
+    yield f"eviction   {_eviction(caps)}"
     form = cm.reply_format
     yield f"replies    thinking in {form.think_open} {form.think_close}; tools: {', '.join(form.tool_formats)}"
     warnings = list(template_warnings(cm))
     yield "template   " + ("; ".join(warnings) if warnings else "nothing to warn of")
+
+
+def _eviction(caps: Capabilities) -> str:
+    """What becomes of a conversation that is longer than the context."""
+    if caps.n_row_max is None:
+        return "never needed: a state takes no more room as it goes on"
+    if not caps.can_have_holes:
+        return "decoded anew: whatever stays when something has to go"
+    if caps.can_shift:
+        return "shift: what stands behind a hole moves up"
+    return f"gap: positions go on to {caps.n_ctx_train} (so choose a smaller n_ctx), then the window is decoded anew"
 
 
 def _sizes(caps: Capabilities) -> Iterator[str]:

@@ -18,7 +18,8 @@ HELP = """\
 /fork         branch off here, and go on in the branch     /switch N     go on in session N (no N: list them)
 /undo         take the last question and answer back       /regen        answer the last question anew
 /save FILE    write this session down                      /load FILE    read one, and go on in it
-/new          an empty session                             /stats        who holds which tokens
+/new          an empty session                             /stats        who holds which tokens, how full it is
+/pin          the last question and answer stay, when others have to go for want of room
 /help         this                                         /quit         or Ctrl-D
 A line that ends with \\ goes on in the next; \"\"\" alone begins and ends a text of several lines.
 Ctrl-C stops a reply; what was said of it stays."""
@@ -42,7 +43,7 @@ class Terminal:
         self._at = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "fork": self._fork, "switch": self._switch, "undo": self._undo, "regen": self._regenerate,
-            "save": self._save, "load": self._load, "new": self._new, "stats": self._stats,
+            "save": self._save, "load": self._load, "new": self._new, "pin": self._pin, "stats": self._stats,
             "help": lambda _: self._say(HELP),
         }  # fmt: skip
         cm.set_hook("on_progress", self._progress)
@@ -118,10 +119,15 @@ class Terminal:
         if self._in_colour:
             self._say(_PLAIN, end="")
         reply = stream.reply
-        cost = (
-            "" if reply is None else f"  [{reply.n_reused} reused, {reply.n_decoded} decoded, {reply.n_generated} said]"
-        )
+        cost = ""
+        if reply is not None:
+            cost = f"  [{reply.n_reused} reused, {reply.n_decoded} decoded, {reply.n_generated} said{self._unseen()}]"
         self._say(f"{_DIM}{cost}{_PLAIN}" if self._in_colour else cost)
+
+    def _unseen(self) -> str:
+        """That the model does not see all messages any more, once that is so."""
+        n, n_seen = len(self._session.messages), len(self._session.window)
+        return "" if n == n_seen else f"; {n_seen} of {n} messages in the window"
 
     def _progress(self, done: int, total: int, session: Session) -> None:
         """A line that shows how far a long prompt is, on a terminal."""
@@ -163,6 +169,17 @@ class Terminal:
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append(old)
 
+    def _pin(self, _: str) -> None:
+        """Pin the last question with all that followed, since many templates want the two in turn."""
+        session = self._session
+        turns = [i for i, message in enumerate(session.messages) if message["role"] == "user"]
+        if not turns:
+            self._say("there is nothing to pin")
+            return
+        for i in range(turns[-1], len(session.messages)):
+            session.pin_message(i)
+        self._say(f"{len(session.pinned_messages())} messages pinned")
+
     def _save(self, name: str) -> None:
         Path(name).write_text(json.dumps(self._session.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
         self._say(f"{len(self._session.messages)} messages written to {name}")
@@ -181,6 +198,9 @@ class Terminal:
 
     def _stats(self, _: str) -> None:
         self._say(self._cm.describe())
+        session, ahead = self._session, self._cm.preview(self._session)
+        share = ahead.n_tokens / self._cm.n_ctx_seq
+        self._say(f"context {share:.0%} full: {len(session.window)} of {len(session.messages)} messages in the window")
         self._say(f"last prompt: {self._session.last_prepare or 'none yet'}")
 
 

@@ -66,6 +66,11 @@ class Capabilities:
         """Whether part of the memory is a state that cannot go back."""
         return self.kind in (MemoryKind.RECURRENT, MemoryKind.HYBRID)
 
+    @property
+    def can_have_holes(self) -> bool:
+        """Whether tokens can be taken out of the middle of a row; else what stays is decoded anew."""
+        return self.kind is MemoryKind.FULL or (self.kind is MemoryKind.WINDOW and self.swa_full)
+
 
 class Memory(Protocol):
     """llama.cpp's memory of one context. Ranges are half-open `[p0, p1)` in positions; None is an open end."""

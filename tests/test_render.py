@@ -839,12 +839,15 @@ def test_a_template_that_can_look_at_what_it_has_put_together_is_known(source: s
 
 
 def spans_of(template: str, vocab: str, messages: list[Message], replies: list[SpokenReply | None]) -> list[str]:
-    """The text of each message's tokens; checks that spans follow each other from the first token on."""
+    """The text of each message's tokens; checks that spans follow each other, from behind a BOS on."""
     one = renderer(template, vocab)
     rendered = one.render(messages, replies)
     spans = one.spans(rendered, messages)
     assert [span.index for span in spans] == list(range(len(messages)))
-    assert [span.p0 for span in spans] == [0, *(span.p1 for span in spans[:-1])]
+    first = next(i for i, span in enumerate(spans) if span.p0 < span.p1)
+    assert all((span.p0, span.p1) == (0, 0) for span in spans[:first])
+    assert bytes_of(vocab, rendered.tokens[: spans[first].p0]) in (b"", b"<|begin_of_text|>", b"<s>")
+    assert [span.p0 for span in spans[first + 1 :]] == [span.p1 for span in spans[first:-1]]
     assert spans[-1].p1 <= len(rendered.tokens)
     return [bytes_of(vocab, rendered.tokens[span.p0 : span.p1]).decode() for span in spans]
 
@@ -872,11 +875,11 @@ def test_the_frame_of_a_message_is_in_its_span(template: str) -> None:
     messages = TALK if template in REFUSING else [system("the rules"), *TALK]
     texts = spans_of(template, "bpe", messages, [None] * len(messages))
     whole = plain_text(template, "bpe", messages)
-    assert whole.startswith("".join(texts))
+    before, _, header = whole.partition("".join(texts))
+    assert before in ("", "<|begin_of_text|>")
     for text, message in zip(texts, messages, strict=True):
         alone = plain_text(template, "bpe", [message], reply_header=False)
         assert text.strip() == alone.strip() or text.strip() == alone.removeprefix("<|begin_of_text|>").strip()
-    header = whole[len("".join(texts)) :]
     assert header.strip() == plain_text(template, "bpe", [user("x")])[len(plain_text(
         template, "bpe", [user("x")], reply_header=False)) :].strip()  # fmt: skip
 
@@ -892,7 +895,7 @@ def test_a_system_text_that_is_moved_behind_is_in_the_span_where_it_stands() -> 
     messages = [system("the rules"), *TALK]
     texts = spans_of("mistral", "bpe", messages, [None] * len(messages))
     assert texts[0] == ""
-    assert texts[1] == "<|begin_of_text|>[INST]first question[/INST]"
+    assert texts[1] == "[INST]first question[/INST]"
     assert texts[-1] == "[INST]the rules\n\nthird one[/INST]"
 
 

@@ -87,9 +87,9 @@ def test_what_is_saved_is_a_copy(load: Loader) -> None:
 
 
 def a_windowed_session() -> Session:
-    """Messages a to e: c is pinned, b and d are out with x in their place, e is out and nobody was told."""
+    """Messages a to f: c is pinned, b and d are out with x in their place, e is out and nobody was told."""
     session = Session()
-    for letter in "abcde":
+    for letter in "abcdef":
         session.add_user(letter)
     b, d, e = session.messages[1], session.messages[3], session.messages[4]
     stand_in = [{"role": "system", "content": "x"}]
@@ -108,8 +108,8 @@ def test_window_and_pins_are_saved() -> None:
         "out": [1, 3, 4], "replacements": [{"role": "system", "content": "x"}], "unreported": [4],
     }  # fmt: skip
     again = Session.from_dict(json.loads(json.dumps(saved)))
-    assert [m["content"] for m in again.window] == ["a", "x", "c"]
-    assert [again.is_message_pinned(i) for i in range(5)] == [False, False, True, False, False]
+    assert [m["content"] for m in again.window] == ["a", "x", "c", "f"]
+    assert [again.is_message_pinned(i) for i in range(6)] == [False, False, True, False, False, False]
     assert again.window_state.unreported == ({"role": "user", "content": "e"},)
     assert again.to_dict() == saved
 
@@ -125,7 +125,7 @@ def test_a_message_that_is_there_twice_is_out_and_pinned_twice_when_it_is_read()
     session = a_windowed_session()
     session.messages += [session.messages[4], session.messages[2]]
     again = Session.from_dict(json.loads(json.dumps(session.to_dict())))
-    assert [m["content"] for m in again.window] == [m["content"] for m in session.window] == ["a", "x", "c", "c"]
+    assert [m["content"] for m in again.window] == [m["content"] for m in session.window] == ["a", "x", "c", "f", "c"]
     assert [m["content"] for m in again.pinned_messages()] == ["c", "c"]
 
 
@@ -151,18 +151,18 @@ def test_a_session_of_version_1_is_read(load: Loader) -> None:
     [
         ({"pins": 7}, "'pins' must be a list, not int"),
         ({"pins": None}, "'pins' must be a list, not NoneType"),
-        ({"pins": [5]}, "an index in 'pins' must be from 0 to 4, not 5"),
-        ({"pins": [-1]}, "an index in 'pins' must be from 0 to 4, not -1"),
+        ({"pins": [6]}, "an index in 'pins' must be from 0 to 5, not 6"),
+        ({"pins": [-1]}, "an index in 'pins' must be from 0 to 5, not -1"),
         ({"pins": [True]}, "an index in 'pins' must be an integer"),
         ({"pins": [[0]]}, "an index in 'pins' must be an integer"),
         ({"pins": [0], "messages": [], "window": {}}, "'pins' has 1 indices of messages, but there are no messages"),
         ({"window": None}, "'window' must be a dict, not NoneType"),
         ({"window": [1]}, "'window' must be a dict, not list"),
         ({"window": {"out": "1"}}, "'out' of the window must be a list, not str"),
-        ({"window": {"out": [5]}}, "an index in 'out' of the window must be from 0 to 4, not 5"),
+        ({"window": {"out": [6]}}, "an index in 'out' of the window must be from 0 to 5, not 6"),
         ({"window": {"out": [1.0]}}, "an index in 'out' of the window must be an integer"),
         ({"window": {"out": [1], "unreported": {}}}, "'unreported' of the window must be a list, not dict"),
-        ({"window": {"out": [1], "unreported": [9]}}, "an index in 'unreported' of the window must be from 0 to 4"),
+        ({"window": {"out": [1], "unreported": [9]}}, "an index in 'unreported' of the window must be from 0 to 5"),
         ({"window": {"out": [1], "unreported": [1, 3]}}, "'unreported' of the window has message 3, which is not in"),
         ({"window": {"out": [1], "replacements": "x"}}, "'replacements' of the window must be a list, not str"),
         ({"window": {"out": [1], "replacements": ["x"]}}, "replacement 0 of the window must be a dict"),

@@ -228,7 +228,8 @@ class Session:
 
         None is, once the last message is one of them: what came behind it was taken back, and with it the reason.
         """
-        last = self.messages[-1] if self.messages else None
+        messages = self.messages
+        last = messages[-1] if isinstance(messages, list) and messages else None  # what else it may be is told later
         return Window() if any(m is last for m in self._window.out) else self._window
 
     def set_window(self, window: Window) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from .errors import QueueFull, StateError
 from .manager import ContextManager
@@ -19,8 +19,6 @@ from .pool_stats import PoolStats
 from .reply import Chunk, Reply
 from .session import Session
 from .ticket import Ticket
-
-T = TypeVar("T")
 
 _LOOK_AGAIN_S = 0.01  # while the queue is full
 
@@ -49,20 +47,20 @@ class AsyncPool:
     async def close(self, *, drain: bool = False) -> None:
         """As of `Pool.close`."""
         try:
-            await self._in_thread(partial(self.pool.close, drain=drain))
+            await asyncio.to_thread(self.pool.close, drain=drain)
         finally:
             self._threads.shutdown(wait=False)
-
-    async def _in_thread(self, fn: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, fn)
 
     async def submit(
         self, session: Session, text: str | None = None, *, wait_s: float | None = None, **options: Any
     ) -> Ticket:
         """As of `Pool.submit`; waits for a place in the queue without blocking anybody."""
         until = time.monotonic() + (0.0 if wait_s is None else checked_float("wait_s", wait_s, 0.0))
+        loop = asyncio.get_running_loop()
         while True:
-            loop = asyncio.get_running_loop()
+            while self.pool.is_full and time.monotonic() < until:
+                await asyncio.sleep(_LOOK_AGAIN_S)
+            self.pool.check_takes()
             submitted = loop.run_in_executor(self._threads, partial(self.pool.submit, session, text, **options))
             try:
                 return await asyncio.shield(submitted)
@@ -72,7 +70,6 @@ class AsyncPool:
             except QueueFull:
                 if time.monotonic() >= until:
                     raise
-            await asyncio.sleep(_LOOK_AGAIN_S)
 
     async def stream(
         self, session: Session, text: str | None = None, *, wait_s: float | None = None, **options: Any

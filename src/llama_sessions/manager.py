@@ -124,9 +124,9 @@ class ContextManager(Steps):
             self._snapshots.clear()
 
     def hold(self, session: Session, holder: object) -> None:
-        """Only `holder` may change the session's row until `let_go`. For engines and pools."""
-        with self._entry.gate(), self._entry.change:
-            self._seats.hold(session, holder)
+        """Only `holder` may change the session's row until `let_go`. For engines and pools. Never waits."""
+        self._entry.check_may_change()
+        self._seats.hold(session, holder)
 
     def is_held(self, session: Session) -> bool:
         """Whether somebody is generating in the session."""

@@ -24,8 +24,12 @@ class Pace:
         if n_prompt:
             decode = self.decode_seconds(n_next) if n_next else 0.0
             if decode is not None:
-                each = max(seconds - decode, seconds / 20) / n_prompt
+                each = max(seconds - decode, seconds / 20, 1e-9) / n_prompt
                 self._prompt_token = _mean(self._prompt_token, each)
+            elif self._prompt_token is None:
+                self._prompt_token = max(seconds, 1e-9) / (n_next + n_prompt)
+            else:  # or, as long as there is always a prompt, it would never be known what the others take
+                self._decode[n_next] = max(seconds - n_prompt * self._prompt_token, seconds / 20)
         elif n_next:
             self._decode[n_next] = _mean(self._decode.get(n_next), seconds)
 
@@ -47,7 +51,7 @@ class Pace:
         if decode is None or self._prompt_token is None:
             return min(n_left, _FIRST)
         seconds = decode * self.share / (1.0 - self.share) * _CAREFUL
-        return max(1, min(n_left, int(seconds / self._prompt_token)))
+        return min(n_left, max(1, int(seconds / self._prompt_token)))
 
 
 def _mean(old: float | None, new: float) -> float:

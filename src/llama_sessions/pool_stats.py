@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from .reply import Reply
+
 _MANY = 1024  # latest times that percentiles are made of
 
 
@@ -42,7 +44,7 @@ _HELP = {
     "n_waiting": "requests that wait to be admitted",
     "n_running": "requests that are being answered",
     "n_paused": "requests that gave way and wait to go on",
-    "n_done": "requests answered",
+    "n_done": "requests answered, or out of time",
     "n_failed": "requests that ended in an error",
     "n_cancelled": "requests cancelled",
     "n_preemptions": "times a request gave way",
@@ -82,6 +84,15 @@ class Tally:
             self._first.append(now - submitted)
         return now
 
+    def note_end(self, error: BaseException | None, reply: Reply | None) -> None:
+        """A request is over."""
+        if error is not None:
+            self.n_failed += 1
+        elif reply is not None and reply.stop_reason == "cancelled":
+            self.n_cancelled += 1
+        else:
+            self.n_done += 1
+
     def stats(self, n_waiting: int, n_running: int, n_paused: int) -> PoolStats:
         """As of now."""
         n_tokens = self.n_prompt_tokens + self._n_next
@@ -113,7 +124,7 @@ class Tally:
 def percentile(values: Iterable[float], percent: int) -> float:
     """The value that `percent` of all are at or below; 0.0 of none."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] if ordered else 0.0
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)] if ordered else 0.0
 
 
 def prometheus(stats: PoolStats) -> str:

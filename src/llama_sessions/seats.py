@@ -81,6 +81,7 @@ class Seats:
         self._seats: weakref.WeakKeyDictionary[Session, Seat] = weakref.WeakKeyDictionary()
         self._holders: weakref.WeakKeyDictionary[Session, weakref.ref[object]] = weakref.WeakKeyDictionary()
         self._turns: weakref.WeakKeyDictionary[Session, threading.RLock] = weakref.WeakKeyDictionary()
+        self._holding = threading.RLock()  # of its own: whoever asks for a session does not wait for a decode
         self._left: deque[int] = deque()
 
     def __len__(self) -> int:
@@ -120,9 +121,10 @@ class Seats:
         return self._owner(session) in (None, self)
 
     def hold(self, session: Session, holder: object) -> None:
-        """Only `holder` may change the session's row until `let_go`; needs no seat."""
-        self.get(session, holder)
-        self._holders[session] = weakref.ref(holder)
+        """Only `holder` may change the session's row until `let_go`; needs no seat, and not the manager's lock."""
+        with self._holding:
+            self.get(session, holder)
+            self._holders[session] = weakref.ref(holder)
 
     def let_go(self, session: Session, holder: object) -> None:
         """End a `hold`; nothing if it is not this holder's."""

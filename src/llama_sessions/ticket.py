@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .errors import StateError
@@ -16,6 +17,8 @@ from .session import Session
 
 if TYPE_CHECKING:
     from .pool import Pool
+
+logger = logging.getLogger("llama_sessions")
 
 
 class Ticket(Iterator[Chunk]):
@@ -37,6 +40,7 @@ class Ticket(Iterator[Chunk]):
         self.n_passed_over = 0  # times somebody who came later went first
         self.waits_for: tuple[Ticket, int] | None = None  # who decodes a stem that this one will share
         self.goes_alone = False  # a batch failed with it: whose fault it was shows alone
+        self.is_torn = False  # a step that did not finish had it: nobody knows what of its work was done
         self.last_token_at = 0.0
         self._timeout_s = timeout_s
         self._ready: deque[Chunk] = deque()
@@ -61,7 +65,7 @@ class Ticket(Iterator[Chunk]):
                     continue
                 self._raise()
                 raise StopIteration
-            self._pool.wait_for(self, None)
+            self._pool.wait_for(self, None, until_over=False)
 
     def take(self) -> Chunk | None:
         """The next chunk, if there is one already."""
@@ -75,7 +79,7 @@ class Ticket(Iterator[Chunk]):
             left = None if until is None else until - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError(f"no reply within {timeout} s; it goes on, cancel() ends it")
-            self._pool.wait_for(self, left)
+            self._pool.wait_for(self, left, until_over=True)
         self._raise()
         if self.reply is None:
             raise StateError("the request ended without a reply")
@@ -115,25 +119,26 @@ class Ticket(Iterator[Chunk]):
 
     # -- for the pool
 
-    def put(self, chunks: list[Chunk]) -> None:
+    def put(self, chunks: Sequence[Chunk]) -> None:
         """Hand out chunks."""
         with self._changed:
             self._ready.extend(chunks)
             self._changed.notify_all()
         self._tell()
 
-    def end(self, state: str, error: BaseException | None = None) -> None:
-        """It is over."""
+    def end(self, chunks: Sequence[Chunk]) -> None:
+        """It is over, with the last chunks."""
         with self._changed:
-            self.error, self.state = error, state
+            self._ready.extend(chunks)
+            self.waits_for = None
+            self.state = "done" if self.error is None else "failed"
             self._changed.notify_all()
         self._tell()
 
-    def wait(self, timeout: float | None) -> None:
+    def wait(self, timeout: float | None, *, until_over: bool) -> None:
         """Until there is a chunk, or it is over."""
         with self._changed:
-            if not self._ready and not self.is_over:
-                self._changed.wait(timeout)
+            self._changed.wait_for(lambda: self.is_over or (self._ready and not until_over), timeout)
 
     def on_change(self, listener: Callable[[], None] | None) -> None:
         """Call `listener` whenever there is something new; from the thread that steps the pool."""
@@ -142,4 +147,7 @@ class Ticket(Iterator[Chunk]):
     def _tell(self) -> None:
         listener = self._listener
         if listener is not None:
-            listener()
+            try:
+                listener()
+            except Exception:  # of whoever listens; neither this reply nor the others' is to suffer
+                logger.exception("what listens to a ticket raised")

@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 
 from llama_sessions import Capabilities, MemoryKind, NoFreeSlot, Slots, StateError
-from llama_sessions.kv.blobs import BlobKind
 from llama_sessions.kv.costs import Costs
 from llama_sessions.kv.plan import Cached, Plan, Restore, Share, Source, Wanted, can_be_cut, make_plan
 from llama_sessions.kv.row import Row, common_prefix
 from llama_sessions.kv.segments import SegmentLayout
-from llama_sessions.types import TokenArray
+from llama_sessions.types import BlobKind, TokenArray
 
 FULL = Capabilities(
     kind=MemoryKind.FULL, unified=True, n_ctx=1024, n_ctx_seq=1024, n_ctx_train=1024, n_batch=64, n_ubatch=64,

@@ -17,9 +17,8 @@ from interrupting import interrupted_everywhere
 
 from llama_sessions import OptionError, RadixOptions, RadixStats, StateError
 from llama_sessions.kv.arena import ByteArray
-from llama_sessions.kv.blobs import BlobKind
 from llama_sessions.kv.cache import Inserted, KvMatch, RadixCache
-from llama_sessions.types import TokenArray
+from llama_sessions.types import BlobKind, TokenArray
 
 N_HEAD, N_LAYER, N_ROW = 4, 2, 3
 N_PER_TOKEN = N_LAYER * N_ROW

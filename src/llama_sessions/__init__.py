@@ -29,7 +29,6 @@ from .errors import (
     TemplateError,
 )
 from .generation_options import PRESETS
-from .kv.eviction import STRATEGIES, Eviction, Piece
 from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .manager import ContextManager
@@ -43,6 +42,7 @@ from .types import Capabilities, MemoryKind
 
 if TYPE_CHECKING:
     from .async_pool import AsyncPool
+    from .kv.eviction import STRATEGIES, Eviction, Piece
     from .pool import Pool
     from .pool_stats import PoolStats
     from .ticket import Ticket
@@ -97,7 +97,15 @@ __all__ = [
 ]
 
 
-_WHEN_ASKED = {"AsyncPool": "async_pool", "Pool": "pool", "PoolStats": "pool_stats", "Ticket": "ticket"}
+_WHEN_ASKED = {
+    "AsyncPool": "async_pool",
+    "Eviction": "kv.eviction",
+    "Piece": "kv.eviction",
+    "Pool": "pool",
+    "PoolStats": "pool_stats",
+    "STRATEGIES": "kv.eviction",
+    "Ticket": "ticket",
+}
 
 
 def __getattr__(name: str) -> Any:

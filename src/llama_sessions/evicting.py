@@ -13,7 +13,6 @@ import numpy.typing as npt
 from .errors import CapacityError
 from .hooks import Hooks
 from .kv.alignment import Alignment, Ranges, ranges_of, without
-from .kv.eviction import STRATEGIES, Strategy, by_message, plan_eviction
 from .kv.holes import Holes
 from .kv.row import Row, common_prefix
 from .kv.store import RowStore
@@ -88,9 +87,8 @@ class Evictor:
         self._holes = Holes(store)
         self._n_sink = options.n_sink
         self._overflow = options.overflow
-        chosen = options.eviction
-        self._strategy: Strategy = STRATEGIES[chosen] if isinstance(chosen, str) else chosen
-        self._whole_turns = chosen == "fifo"
+        self._strategy = options.eviction
+        self._whole_turns = options.eviction == "fifo"
         self._instead = Notice()
         self.n_evictions = 0
         self.n_tokens = 0
@@ -188,10 +186,13 @@ class Evictor:
         self, session: Session, layout: Layout, n_needed: int, n_sink: int, *, anew: bool
     ) -> tuple[Ranges, list[int]]:
         """The ranges of the row that go, and the numbers of the parts that go with them."""
+        from .kv.eviction import STRATEGIES, plan_eviction  # here: most programs never get as far
+
         pinned = {id(m) for m in session.pinned_messages()}
         n_sink = 0 if anew else n_sink  # what is decoded anew needs none
         request = layout.request(n_needed, layout.n_head + n_sink, pinned)
-        strategy = by_message if anew and self._whole_turns else self._strategy
+        chosen = "message" if anew and self._whole_turns else self._strategy
+        strategy = STRATEGIES[chosen] if isinstance(chosen, str) else chosen
         ranges: Ranges = plan_eviction(request, strategy) if request.n_kept < request.n_tokens else ()
         gone = layout.gone(request, ranges, whole_turns=self._whole_turns and not anew)
         if anew:  # by the message: what is begun goes whole

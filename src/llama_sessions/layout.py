@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from .kv.alignment import Alignment, Ranges, without
-from .kv.eviction import Eviction, Piece
 from .types import Message
+
+if TYPE_CHECKING:
+    from .kv.eviction import Eviction, Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class Layout:
 
     def request(self, n_needed: int, n_kept: int, pinned: Set[int]) -> Eviction:
         """What a strategy is to be asked. `pinned`: ids of the message dicts that stay."""
+        from .kv.eviction import Eviction, Piece
+
         pieces = []
         for i, part in enumerate(self.parts):
             stays = part.message is None or id(part.message) in pinned

@@ -27,6 +27,14 @@ class MemoryKind(str, Enum):
     HYBRID = "hybrid"  # attention and recurrent layers
 
 
+class BlobKind(str, Enum):
+    """What can be saved of a row, and what a blob can be used for."""
+
+    RANGE = "range"  # any range can be saved, and any part of it used: attention over everything, in a unified cache
+    ROW = "row"  # only whole rows are saved, and any first part of them can be used: streams
+    STATE = "state"  # only whole rows are saved, and used only whole: recurrent layers
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What this context can do, read from llama.cpp after its creation.

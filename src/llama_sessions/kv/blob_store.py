@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from ..errors import StateError
 from ..options import RadixOptions, checked_int
+from ..types import BlobKind
 from .arena import Arena, Extent
-from .blobs import Blob, BlobCutter, BlobKind, Piece, piece_bytes, splitter
+from .blobs import Blob, BlobCutter, Piece, piece_bytes, splitter
 from .policy import policy_for
 from .radix import RadixTree
 

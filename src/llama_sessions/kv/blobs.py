@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
+from ..types import BlobKind
 from .arena import ByteArray, Extent
-
-
-class BlobKind(str, Enum):
-    """What can be saved of a row, and what a blob can be used for."""
-
-    RANGE = "range"  # any range can be saved, and any part of it used: attention over everything, in a unified cache
-    ROW = "row"  # only whole rows are saved, and any first part of them can be used: streams
-    STATE = "state"  # only whole rows are saved, and used only whole: recurrent layers
 
 
 class BlobCutter(Protocol):

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from ..errors import OptionError, StateError
 from ..options import RadixOptions, checked_namespace
 from ..report import RadixStats
-from ..types import TokenArray
+from ..types import BlobKind, TokenArray
 from .arena import ByteArray
 from .blob_store import BlobStore
-from .blobs import Blob, BlobCutter, BlobKind, BlobPart, Given, Piece, Saver
+from .blobs import Blob, BlobCutter, BlobPart, Given, Piece, Saver
 from .node import Match, Segment, checked_tokens
 
 KvMatch = Match[Piece]

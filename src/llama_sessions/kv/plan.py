@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..types import Capabilities, MemoryKind, TokenArray
-from .blobs import BlobKind
+from ..types import BlobKind, Capabilities, MemoryKind, TokenArray
 from .costs import Costs
 from .row import Jumps, common_prefix, end_of
 

@@ -11,16 +11,15 @@ from ..errors import SnapshotError
 from ..notice import Notice
 from ..options import RadixOptions
 from ..report import RadixStats
-from ..types import ByteArray, Capabilities, MemoryKind, TokenArray
-from .blobs import BlobKind, BlobPart
-from .node import Match
+from ..types import BlobKind, ByteArray, Capabilities, MemoryKind, TokenArray
 from .plan import Cached, Plan, first_seen
 from .row import Jumps, Row, end_of
-from .segments import SegmentLayout
 from .store import Feed, RowStore
 
 if TYPE_CHECKING:
+    from .blobs import BlobPart
     from .cache import KvMatch, RadixCache
+    from .segments import SegmentLayout
 
 logger = logging.getLogger("llama_sessions")
 
@@ -75,7 +74,12 @@ class Snapshots:
     """The cache over the rows of one context; with `options` None there is none, and all answers are "nothing"."""
 
     def __init__(self, store: RowStore, options: RadixOptions | None) -> None:
+        # Here: reading these, and what they need, is a tenth of the package's import, and without a cache of no use.
+        from .node import Match
+
         self._store = store
+        self.nothing: KvMatch = Match(None, 0, (), None)
+        """What a match is that found nothing."""
         self.kind = blob_kind(store.caps, has_scratch=store.sequences.scratch is not None)
         self._layout = None
         self._cache: RadixCache | None = None
@@ -88,7 +92,7 @@ class Snapshots:
         if options is not None:
             if self.kind is BlobKind.RANGE:
                 self._layout = self._proven_layout()
-            from .cache import RadixCache  # here: reading it is a fifth of the package's import
+            from .cache import RadixCache
 
             cost = self._seconds if self.kind is BlobKind.RANGE else None
             self._cache = RadixCache(options, kind=self.kind, cutter=self._layout, cost=cost)
@@ -126,17 +130,12 @@ class Snapshots:
         self._mend_locks()
         self._count(self.nothing, 0, 0)
 
-    @property
-    def nothing(self) -> KvMatch:
-        """What a match is that found nothing."""
-        return Match(None, 0, (), None)
-
     # -- restoring
 
     def match(self, namespace: str | None, tokens: TokenArray) -> KvMatch:
         """What is saved of a prompt. Changes nothing."""
         if self._cache is None or not len(tokens):
-            return Match(namespace, 0, (), None)
+            return self.nothing
         return self._cache.match(namespace, tokens)
 
     def cached(self, match: KvMatch) -> Cached | None:
@@ -301,6 +300,8 @@ class Snapshots:
 
         Decodes five tokens in the scratch, and saves them whole and in parts.
         """
+        from .segments import SegmentLayout
+
         store, sequences = self._store, self._store.sequences
         if sequences.scratch is None:
             return None

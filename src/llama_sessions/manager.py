@@ -104,8 +104,9 @@ class ContextManager(Steps):
         What goes is chosen as `prepare` does, and after all of that the beginning of the reply that is under way. By a
         shift, else a gap, else not at all (0): with `overflow="reprefill"`, where positions end, on memory that cannot,
         or if nothing is prepared. Nothing is rendered and no `on_evict` called: the messages that go leave the
-        session's window, and the next `prepare` hands them to it. What follows the hole is approximate then.
-        OptionError for a negative `n_needed`.
+        session's window, and the next `prepare` hands them to it. What follows the hole is approximate then, and
+        `session.n_past` is what is left. Nothing is decoded; what is exact is saved first, and a shift rotates K in the
+        next decode. A parked session gets its row back for it. OptionError for a negative `n_needed`.
         """
         checked_int("n_needed", n_needed, 0)
         self._entry.check_may_change()

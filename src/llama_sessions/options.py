@@ -119,7 +119,23 @@ class RadixOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagerOptions:
-    """Options of a `ContextManager`. `headroom` None: min(256, n_ctx_seq // 4)."""
+    """Options of a `ContextManager`.
+
+    `headroom`: tokens that `prepare` keeps free for the reply (None: min(256, n_ctx_seq // 4)); what is longer than
+    n_ctx_seq less that loses something first. `eviction`: what goes: "message" (whole turns, oldest first), "fifo"
+    (the oldest tokens, a quarter of what can go at once), or a function from `Eviction` to token ranges. `n_sink`: the
+    first tokens behind the system text stay in the row, whatever they belong to (the `sink_fn` hook says it for each
+    session). A system text, messages pinned with `Session.pin_message` and the last user turn always stay.
+
+    `overflow`: what becomes of the KV behind a hole. "shift": it moves up, for two native operations a hole and one
+    rotation of K; where others share its cells it needs as many free ones. "gap": it stays at its positions, up to the
+    length the model was trained for: for models that must not shift. "reprefill": it is decoded anew, which alone is
+    exact. What cannot be had falls back to the next of the three, and the log says so once.
+
+    `no_think`: ask the template for replies without thinking. `system_fallback` "user": where a template refuses a
+    system text, it goes into the first user message. `radix`: keep saved KV (see `RadixOptions`). `idle_park_after_s`:
+    park whoever is idle for longer. `log` False: nothing that llama.cpp prints goes to the log.
+    """
 
     headroom: int | None = None
     n_sink: int = 4

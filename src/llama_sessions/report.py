@@ -29,7 +29,12 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class PrepareReport:
-    """One `prepare`: `n_tokens == n_reused + n_decoded`. `exact`: the KV equals a fresh prefill's."""
+    """One `prepare`: of `n_tokens` in the row then, `n_reused + n_decoded`; `seconds` of wall time.
+
+    `n_evicted`: tokens that went to make the prompt fit, and `dropped` the session's own messages that left its window
+    for it (the very dicts; not what `make_room` dropped before). `exact`: the whole row has the KV of a fresh prefill
+    of its tokens; False once something was taken out of its middle and what follows was not decoded anew.
+    """
 
     n_tokens: int
     n_reused: int
@@ -50,8 +55,11 @@ class PrepareReport:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What `prepare` would do. `n_free`: tokens that the session could still grow by afterwards; `n_evicted`: tokens
-    that would go before."""
+    """What `prepare` would do now: `n_tokens` in the row, `n_to_decode` of them anew; `fits`: without an error.
+
+    `n_free`: tokens that the row could still take afterwards, by its own length; `n_evicted`: tokens that would go
+    before. What an `on_evict` hook would return for them is not known, and not counted.
+    """
 
     n_tokens: int
     n_to_decode: int

@@ -218,7 +218,10 @@ class Session:
     def window(self) -> list[Message]:
         """What the model sees: the messages that were not evicted, and what `on_evict` put in place of the others.
 
-        A new list of the very dicts.
+        A new list of the very dicts, as of the last `prepare` or `make_room`; messages that were added since are in it.
+        It has all of them again once what followed an evicted message is taken back.
+        A system text and what `before_encode` puts in are not. With "fifo" a message of which tokens are left in the
+        row is still in it.
         """
         return self.window_state.seen(self.messages)
 
@@ -237,14 +240,17 @@ class Session:
         self._window = window
 
     def reset_window(self) -> None:
-        """Let the model see all messages again; what `on_evict` put in place of some is gone."""
+        """Let the model see all messages again; what `on_evict` put in place of some is gone. The next `prepare`
+        decodes what comes back and all behind it, and evicts again what does not fit."""
         self._window = Window()
 
     def pin_message(self, index: int, on: bool = True) -> None:
         """Let a message stay whole in the window, whatever is evicted; `on=False` undoes it. One that is out already
         does not come back by it: `reset_window` brings it.
 
-        The pin goes with the dict: not with the index, nor with a copy. OptionError for an index that is not there.
+        `index`: in `messages`, negative ones from the end; OptionError for one that is not there. The pin goes with the
+        dict: not with the index, nor with a copy. The rest of its turn may go: where a template wants questions and
+        answers in turn, pin both. Where so much is pinned that nothing more can go, `prepare` raises ContextOverflow.
         """
         message = self._message_at(index)
         others = [m for m in self.pinned_messages() if m is not message]

@@ -89,7 +89,12 @@ class Steps(House):
         return self._prepare(session)
 
     def rebuild(self, session: Session) -> int:
-        """`prepare`, and nothing approximate is left: what follows an eviction is decoded anew. Returns `n_past`."""
+        """`prepare`, and nothing approximate is left: what follows an eviction is decoded anew. Returns `n_past`.
+
+        The window stays as it is (`Session.reset_window` widens it), but for messages of which only a part was left
+        and which do not fit whole any more. Costs the decoding of all tokens behind the first hole, less what the cache
+        of saved KV has of them. Raises what `prepare` raises.
+        """
         return self._prepare(session, anew=True)
 
     def _prepare(self, session: Session, *, anew: bool = False) -> int:

@@ -1522,3 +1522,31 @@ def test_a_row_with_gaps_has_the_headroom_too_when_its_positions_end(load: Loade
         had_gaps = not report.exact
         session.add_assistant("I see.")
     assert n_anew
+
+
+def test_an_on_evict_hook_is_not_asked_about_what_goes_within_it(load: Loader) -> None:
+    """Or a summary written by a session that is itself too long would call for another, without end."""
+    cm = load(n_ctx=256, max_sessions=3)
+    calls: list[int] = []
+
+    def hook(dropped: list[dict[str, Any]], session: Session) -> None:
+        calls.append(len(dropped))
+        reader = said("~" * 60, "yes", "~" * 60, "yes", "~" * 60)
+        cm.prepare(reader)
+        assert len(reader.window) < len(reader.messages)
+        cm.release(reader)
+
+    cm.set_hook("on_evict", hook)
+    session = said("-" * 60, "yes", "-" * 60, "yes", "-" * 60)
+    cm.prepare(session)
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("pinned", [0, 1])
+def test_a_pinned_message_keeps_its_turn(load: Loader, pinned: int) -> None:
+    """A template that wants question and answer in turn would refuse what else is left."""
+    cm = load(n_ctx=256, max_sessions=2)
+    session = said("the fact", "noted", "-" * 90, "yes", "~" * 20, "yes", "-" * 20)
+    session.pin_message(pinned)
+    cm.prepare(session)
+    assert [m["content"] for m in session.window] == ["the fact", "noted", "~" * 20, "yes", "-" * 20]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._hooks: dict[str, Callable[..., Any]] = {}
+        self._evicting = threading.local()
 
     @staticmethod
     def _check(name: str) -> None:
@@ -65,7 +67,11 @@ class Hooks:
 
     def on_evict(self, dropped: list[Message], session: Session) -> list[Message]:
         """What is to stand for the messages that go; the hook gets the session's own dicts."""
-        replacements = self._hooks["on_evict"](dropped, session)
+        self._evicting.now = True
+        try:
+            replacements = self._hooks["on_evict"](dropped, session)
+        finally:
+            self._evicting.now = False
         if replacements is None:
             return []
         if not isinstance(replacements, list | tuple):
@@ -74,7 +80,8 @@ class Hooks:
 
     @property
     def watches_evictions(self) -> bool:
-        return "on_evict" in self._hooks
+        """Not from within itself: where a summary is written by a session that grows too long, that would not end."""
+        return "on_evict" in self._hooks and not getattr(self._evicting, "now", False)
 
     def on_progress(self, done: int, total: int, session: Session) -> bool:
         """Whether to go on; only False itself says no."""

@@ -174,8 +174,9 @@ class House:
         `before_encode(messages, session)`: returns the messages that the template is to see, or None for these.
         `on_evict(dropped, session)`: gets what leaves the window, earlier replacements first, and returns messages that
         are to stand in its place (all it wants to keep of the earlier ones, too), or None. `sink_fn(session)`: returns
-        `n_sink` for that session. These three may use the manager, for other sessions, too: an `on_evict` that
-        generates is asked about those as well. What they raise passes through, and the row is as before.
+        `n_sink` for that session. These three may use the manager, for other sessions, too; what has to go from
+        those within an `on_evict` goes without asking it again. What they raise passes through, and the row is as
+        before.
         `on_progress(done, total, session)`: tokens of a prompt; may only read, and returns False to cancel.
         """
         with self._entry.gate(), self._entry.change:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from .kv.alignment import Alignment, Ranges, without
@@ -53,12 +54,15 @@ class Layout:
         return self.alignment.place(self.n_rendered, len(self.alignment.whole))
 
     def request(self, n_needed: int, n_kept: int, pinned: Set[int]) -> Eviction:
-        """What a strategy is to be asked. `pinned`: ids of the message dicts that stay."""
+        """What a strategy is to be asked. `pinned`: ids of the message dicts that stay, and their turns with them: an
+        answer without its question, or the other way round, is what many templates refuse."""
         from .kv.eviction import Eviction, Piece
 
+        turns = list(accumulate(part.role == "user" for part in self.parts))
+        kept = {turn for turn, part in zip(turns, self.parts, strict=True) if id(part.message) in pinned}
         pieces = []
         for i, part in enumerate(self.parts):
-            stays = part.message is None or id(part.message) in pinned
+            stays = part.message is None or turns[i] in kept
             pieces.append(Piece(i, part.role, *self.alignment.place(part.p0, part.p1), stays))
         return Eviction(n_needed, len(self.alignment.tokens), n_kept, tuple(pieces))
 

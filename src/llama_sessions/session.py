@@ -245,12 +245,13 @@ class Session:
         self._window = Window()
 
     def pin_message(self, index: int, on: bool = True) -> None:
-        """Let a message stay whole in the window, whatever is evicted; `on=False` undoes it. One that is out already
-        does not come back by it: `reset_window` brings it.
+        """Let a message stay whole in the window, whatever is evicted, and its turn with it: many templates refuse an
+        answer without its question. `on=False` undoes it. One that is out already does not come back by it:
+        `reset_window` brings it.
 
         `index`: in `messages`, negative ones from the end; OptionError for one that is not there. The pin goes with the
-        dict: not with the index, nor with a copy. The rest of its turn may go: where a template wants questions and
-        answers in turn, pin both. Where so much is pinned that nothing more can go, `prepare` raises ContextOverflow.
+        dict: not with the index, nor with a copy. Where so much is pinned that nothing more can go, `prepare` raises
+        ContextOverflow.
         """
         message = self._message_at(index)
         others = [m for m in self.pinned_messages() if m is not message]

@@ -10,13 +10,16 @@ from typing import Any
 import llama_cpp
 
 
-def plain_buffers() -> bool:
-    """Load every later model of this process without extra buffer types, if the CPU build has AMX; says whether.
+def has_amx() -> bool:
+    """Whether this is a CPU build with AMX: built by GCC 12 it dies in the AMX kernels of q8_0 weights, unless they are
+    loaded without extra buffer types, as `ContextManager.load` does."""
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 
-    llama.cpp built by GCC 12 dies in the AMX kernels of q8_0 weights; `ContextManager.load` avoids them too, so a peer
-    is alive and comparable only with the same setting.
-    """
-    if b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info():
+
+def plain_buffers() -> bool:
+    """Load every later model of this process without extra buffer types, if the CPU build has AMX; says whether. A peer
+    is alive and comparable only with the same setting."""
+    if not has_amx():
         return False
     default = llama_cpp.llama_model_default_params
 
@@ -31,21 +34,25 @@ def plain_buffers() -> bool:
 
 
 class Bare:
-    """A model and a context with the settings of `ContextManager.load`, driven by sequence id."""
+    """A model and a context with the settings of `ContextManager.load`, driven by sequence id; over the weights of
+    `other`, if given."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], other: Bare | None = None) -> None:
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
         llama_cpp.llama_backend_init()
         self.has_plain_buffers = plain_buffers()
         path = config["model"].encode()
-        self.model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
+        self.model = other.model if other else None
+        if not self.model:
+            self.model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
         if not self.model:
             raise RuntimeError(f"{config['model']} did not load")
         p = llama_cpp.llama_context_default_params()
         p.n_ctx, p.n_batch, p.n_ubatch = config["n_ctx"], config["n_batch"], config["n_ubatch"]
         p.n_seq_max = config["n_sessions"] + 2
         p.n_threads = p.n_threads_batch = config["n_threads"]
-        p.flash_attn_type, p.kv_unified, p.swa_full, p.no_perf = -1, True, True, True
+        p.flash_attn_type, p.swa_full, p.no_perf = -1, True, True
+        p.kv_unified = config.get("kv_unified", True)
         self.ctx = llama_cpp.llama_init_from_model(self.model, p)
         if not self.ctx:
             raise RuntimeError("llama.cpp could not make the context")
@@ -60,7 +67,7 @@ class Bare:
         cuts = [(i, tokens[i : i + size]) for i in range(0, len(tokens), size)]
         return [Batch(part, pos + i, seq_id, wants_logits=i + size >= len(tokens)) for i, part in cuts]
 
-    def decode(self, batch: Batch) -> None:
+    def decode(self, batch: Batch | Round) -> None:
         code = llama_cpp.llama_decode(self.ctx, batch.native)
         if code:
             raise RuntimeError(f"llama_decode returned {code}")
@@ -71,8 +78,15 @@ class Bare:
     def trim(self, seq_id: int, p0: int) -> None:
         llama_cpp.llama_memory_seq_rm(self.memory, seq_id, p0, -1)
 
-    def sample(self, chain: Any) -> int:
-        return int(llama_cpp.llama_sampler_sample(chain, self.ctx, -1))
+    def sample(self, chain: Any, index: int = -1) -> int:
+        return int(llama_cpp.llama_sampler_sample(chain, self.ctx, index))
+
+    def decode_and_sample(self, batch: Round, chains: Sequence[Any]) -> None:
+        """A step of several sequences, each with a chain of its own; what was sampled is what comes next."""
+        self.decode(batch)
+        for i, chain in enumerate(chains):
+            batch.token[i] = self.sample(chain, i)
+            batch.pos[i] += 1
 
     def eog_tokens(self) -> list[int]:
         return [t for t in range(self.n_vocab) if llama_cpp.llama_vocab_is_eog(self.vocab, t)]
@@ -90,6 +104,29 @@ class Batch:
         pointer = ctypes.POINTER(ctypes.c_int32)
         self._seq_id = (pointer * n)(*[ctypes.cast(self._seq, pointer)] * n)
         self._logits = (ctypes.c_int8 * n)(*[0] * (n - 1), wants_logits)
+        self.native = llama_cpp.llama_batch(
+            n_tokens=n,
+            token=self.token,
+            embd=None,
+            pos=self.pos,
+            n_seq_id=self._n_seq_id,
+            seq_id=self._seq_id,
+            logits=self._logits,
+        )
+
+
+class Round:
+    """A `llama_batch` of the next token of several sequences, with logits for each."""
+
+    def __init__(self, tokens: Sequence[int], positions: Sequence[int], seq_ids: Sequence[int]) -> None:
+        n = len(tokens)
+        self.token = (ctypes.c_int32 * n)(*tokens)
+        self.pos = (ctypes.c_int32 * n)(*positions)
+        self._n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
+        self._seqs = [(ctypes.c_int32 * 1)(seq_id) for seq_id in seq_ids]
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        self._seq_id = (pointer * n)(*[ctypes.cast(seq, pointer) for seq in self._seqs])
+        self._logits = (ctypes.c_int8 * n)(*[1] * n)
         self.native = llama_cpp.llama_batch(
             n_tokens=n,
             token=self.token,

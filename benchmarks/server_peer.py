@@ -1,4 +1,4 @@
-"""llama-server as a side of `turns.py`: its OpenAI endpoint on loopback, a slot for each session."""
+"""llama-server as a side: its OpenAI endpoint on loopback, a slot for each session."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bare import has_amx
 from harness import Result
 from peers import chat_turns
 
@@ -22,23 +24,51 @@ def server(config: Result) -> Result:
 
     With `n_slots`, fewer than sessions: the server chooses slots itself, and its prompt cache in RAM is on.
     """
+    options = [] if "n_slots" in config else ["--no-cache-idle-slots"]
+    with serving(config, config.get("n_slots", config["n_sessions"]), *options) as (port, pid):
+        return _turns(config, port, pid)
+
+
+@contextmanager
+def serving(config: Result, n_slots: int, *options: str) -> Iterator[tuple[int, int]]:
+    """A llama-server with so many slots over unified KV, ready; its port and process id."""
     port = _free_port()
     command = [
         config["llama_server"], "-m", config["model"], "--host", "127.0.0.1", "--port", str(port),
-        "-c", str(config["n_ctx"]), "-np", str(config.get("n_slots", config["n_sessions"])), "--kv-unified",
-        "-b", str(config["n_batch"]), "-ub", str(config["n_ubatch"]),
-        "-t", str(config["n_threads"]), "-tb", str(config["n_threads"]), "-fa", "auto", "--no-repack",
-        *([] if "n_slots" in config else ["--no-cache-idle-slots"]), *config["server_options"],
+        "-c", str(config["n_ctx"]), "-np", str(n_slots), "--kv-unified", *settings(config),
+        *options, *config.get("server_options", []),
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             _wait_until_ready(process, port, log)
-            return _turns(config, port, process.pid)
+            yield port, process.pid
         finally:
             process.terminate()
             process.wait(30)
+
+
+def settings(config: Result) -> list[str]:
+    """Options of llama.cpp's own programs that make them what the other sides are."""
+    return [
+        "-b", str(config["n_batch"]), "-ub", str(config["n_ubatch"]),
+        "-t", str(config["n_threads"]), "-tb", str(config["n_threads"]), "-fa", "auto",
+        *(["--no-repack"] if has_amx() else []),
+    ]  # fmt: skip
+
+
+def events(port: int, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events of a streamed chat completion."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise RuntimeError(f"llama-server answered {response.status}: {response.read()[:500]!r}")
+    for line in response:
+        if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+            yield json.loads(line[6:])
+    connection.close()
 
 
 def _turns(config: Result, port: int, pid: int) -> Result:
@@ -54,19 +84,10 @@ def _turns(config: Result, port: int, pid: int) -> Result:
             "cache_prompt": True,
             "logit_bias": [[t, False] for t in config["banned"]],
         }
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise RuntimeError(f"llama-server answered {response.status}: {response.read()[:500]!r}")
-        for line in response:
-            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                continue
-            event = json.loads(line[6:])
+        for event in events(port, body):
             last.update(event.get("timings") or {})
             for choice in event.get("choices", ()):
                 yield choice["delta"].get("content") or ""
-        connection.close()
 
     def counts() -> tuple[int, int]:
         return last["cache_n"] + last["prompt_n"], last["prompt_n"]

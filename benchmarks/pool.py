@@ -400,7 +400,9 @@ def report_join(config: Result, n_rounds: int) -> tuple[Result, bool]:
              "2x" if share < 1 else "", f"{r['alone_s']:.1f} s", f"{r['first_s']:.1f} s", f"{first:.2f}x", f"{most}x",
              met(yes)]
         )  # fmt: skip
-    say(f"A prompt of {found['join at 0.5'][0]['n_long']} tokens joins eight sessions; ratios are medians of {n_rounds}")
+    say(
+        f"A prompt of {found['join at 0.5'][0]['n_long']} tokens joins eight sessions; ratios are medians of {n_rounds}"
+    )
     header = ["prefill_share", "between tokens, p95", "while it joins", "ratio", "target", "first token alone",
               "while eight talk", "ratio", "target", ""]  # fmt: skip
     print(table(header, rows))

@@ -35,6 +35,7 @@ from llama_sessions import (
 )
 from llama_sessions.kv.radix import RadixTree
 from llama_sessions.llama.context import LlamaContext
+from llama_sessions.types import FloatArray
 
 Loader = Callable[..., ContextManager]
 
@@ -210,6 +211,47 @@ def test_a_step_mixes_prompts_and_tokens_of_several_sessions_in_one_decode(cm: C
     assert_exact(cm, short)
     cm.step([PromptChunk(begun, 256)])
     assert_exact(cm, long)
+
+
+def test_a_step_hands_out_the_logits_of_those_who_have_some_now(load: Loader) -> None:
+    cm = load(max_sessions=4)
+    talking, full = prepared(cm, "What time is it?"), prepared(cm, "Who?")
+    half, whole = said("Who are you? " * 10), said("Where?")
+    work = [PromptChunk(cm.begin(half), 20), NextToken(talking, 65), PromptChunk(cm.begin(whole), 999)]
+    read: dict[Session, FloatArray] = {}
+
+    def note(session: Session, logits: FloatArray) -> None:
+        read[session] = logits.copy()
+
+    holder = Engine(cm)
+    cm.hold(full, holder)  # so it is refused, and nobody may read what it had before
+    report = cm.step([*work, NextToken(full, 65)], read=note)
+    assert isinstance(report.results[full].error, StateError)
+    assert list(read) == [talking, whole]
+    for session, logits in read.items():
+        assert np.array_equal(logits, cm.logits(session))
+
+
+def test_a_decode_that_failed_gives_nobody_logits_to_read(cm: ContextManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = prepared(cm, "One?"), prepared(cm, "Two?")
+    monkeypatch.setattr(LlamaContext, "decode", lambda self, runs: -1)
+    report = cm.step([NextToken(one, 65), NextToken(two, 66)], read=lambda *_: pytest.fail("there is nothing to read"))
+    assert all(isinstance(result.error, DecodeError) for result in report.results.values())
+
+
+def test_an_error_of_who_reads_comes_when_the_step_is_booked(cm: ContextManager) -> None:
+    one, two = prepared(cm, "One?"), prepared(cm, "Two?")
+    n_past = one.n_past, two.n_past
+
+    def fail(session: Session, logits: FloatArray) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cm.step([NextToken(one, 65), NextToken(two, 66)], read=fail)
+    assert (one.n_past, two.n_past) == (n_past[0] + 1, n_past[1] + 1)
+    cm.check_integrity()
+    assert_exact(cm, one)
+    assert_exact(cm, two)
 
 
 def test_a_pending_is_void_once_its_session_is_begun_again(cm: ContextManager) -> None:

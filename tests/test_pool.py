@@ -26,8 +26,10 @@ from llama_sessions import (
     StateError,
     Ticket,
 )
+from llama_sessions.generation import Generation
 from llama_sessions.llama.context import LlamaContext
 from llama_sessions.testing import FakeContext
+from llama_sessions.types import FloatArray
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 # Of the fake vocabulary letters alone: a reply is readable, and has exactly `max_tokens` tokens.
@@ -136,7 +138,7 @@ def test_a_prompt_whose_logits_are_ready_is_sampled_at_once() -> None:
 def test_who_comes_later_joins_and_who_is_through_leaves_at_once() -> None:
     cm = fake(max_sessions=2)
     pool = Pool(cm)
-    first, second, third = say(pool, "One?", "Two?", "Three?", max_tokens=20, **ENDLESS)
+    first, second, third = say(pool, "One?", "Two?", "Three?", max_tokens=100, **ENDLESS)
     step_until(pool, lambda: first.n_generated == 5)
     assert third.state == "waiting"
     second.cancel()
@@ -147,7 +149,7 @@ def test_who_comes_later_joins_and_who_is_through_leaves_at_once() -> None:
     assert not first.is_over
     assert [chunk.token for chunk in first] == list(first.result().tokens)
     pool.run()
-    assert_alone([first, third], max_tokens=20, **ENDLESS)
+    assert_alone([first, third], max_tokens=100, **ENDLESS)
 
 
 def test_a_long_newcomer_takes_no_step_from_those_who_talk(load: Loader) -> None:
@@ -560,10 +562,12 @@ def test_a_request_ends_at_every_stage_within_one_step(stage: str, why: str) -> 
         assert Engine(cm).chat(ticket.session, "more?", max_tokens=3, **ENDLESS).n_reused > 30
 
 
-def test_a_cancelled_one_gives_its_slot_to_who_waits_within_one_step() -> None:
+@pytest.mark.parametrize(("text", "stage"), [("1?", "running"), ("1" * 200, "prompt")])
+def test_a_cancelled_one_gives_its_slot_to_who_waits_within_one_step(text: str, stage: str) -> None:
     pool = Pool(fake(max_sessions=1))
-    first, second = say(pool, "1?", "2?", max_tokens=5, **ENDLESS)
+    first, second = say(pool, text, "2?", max_tokens=5, **ENDLESS)
     pool.step()
+    assert first.state == stage
     first.cancel()
     pool.step()
     assert second.state != "waiting"
@@ -756,6 +760,37 @@ def test_a_raising_sampler_ends_its_own_request() -> None:
     assert len(list(bad_chunks(bad))) == 2
     assert bad.session.messages[-1]["role"] == "assistant"
     assert_alone([first], max_tokens=6, **ENDLESS)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_what_was_chosen_before_an_interrupt_is_said_and_not_chosen_again(
+    monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """A sampler has drawn, a grammar has gone on: both would be wrong a second time."""
+    options = {**ENDLESS, "temperature": 1.0, "seed": 5, "max_tokens": 12}
+    pool = Pool(fake())
+    tickets = say(pool, "One?", "Two?", "Three?", **options)
+    step_until(pool, lambda: all(t.n_generated >= 3 for t in tickets))
+    n_calls = 0
+    choose = Generation.choose
+
+    def interrupted(self: Generation, logits: FloatArray) -> int | None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == at:
+            raise KeyboardInterrupt
+        return choose(self, logits)
+
+    monkeypatch.setattr(Generation, "choose", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.step()
+    pool.run()
+    hit = tickets.pop(at - 1)
+    assert hit.state == "failed"
+    with pytest.raises(KeyboardInterrupt):
+        hit.result()
+    assert_alone(tickets, **options)
+    assert not pool._batcher._chosen
 
 
 def bad_chunks(ticket: Ticket) -> list[int | None]:

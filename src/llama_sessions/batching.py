@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from .errors import Cancelled, CapacityError, ContextOverflow, DecodeError, StateError
 from .kv.row import common_prefix
@@ -17,6 +18,7 @@ from .reply import Chunk
 from .report import StepResult
 from .session import Session
 from .ticket import Ticket
+from .types import FloatArray
 
 _STEM = 16  # tokens of a common stem from which on it is worth waiting for whoever decodes it
 _PATIENCE = 8  # times that others may go first
@@ -40,6 +42,7 @@ class Batcher:
         self._by_session: dict[Session, Ticket] = {}
         self._pace = Pace(share)
         self._tally = Tally(cm.capabilities.n_batch)
+        self._chosen: dict[Ticket, int | None] = {}  # tokens that are still to be said
         self._refused: Ticket | None = None  # the next in line, for whom there was no room when it was last asked
         self._refused_at = 0.0
 
@@ -74,6 +77,8 @@ class Batcher:
         """One decode for everybody. Raises only what concerns all of them."""
         started, decoded = time.perf_counter(), self._tally.step_seconds
         self._end_who_is_over()
+        if self._chosen:  # an interrupt came before they were said
+            self._sample()
         self._admit()
         packed = self._packed()
         is_short = self._decode(packed) if packed else False
@@ -114,6 +119,7 @@ class Batcher:
                 for tickets in (self.waiting, self.running, self.paused):
                     if ticket in tickets:
                         tickets.remove(ticket)
+                self._chosen.pop(ticket, None)
                 self._refused = None
                 self.changed.notify_all()
         finally:
@@ -124,12 +130,16 @@ class Batcher:
         """Whatever goes wrong in here ends this one; an interrupt is raised as well."""
         try:
             yield
-        except Cancelled:  # a hook's word; its reply says so
-            self.cut_short(ticket, "cancelled")
         except BaseException as e:
-            self.end(ticket, e)
-            if not isinstance(e, Exception):
-                raise
+            self._blame(ticket, e)
+
+    def _blame(self, ticket: Ticket, error: BaseException) -> None:
+        if isinstance(error, Cancelled):  # a hook's word; its reply says so
+            self.cut_short(ticket, "cancelled")
+            return
+        self.end(ticket, error)
+        if not isinstance(error, Exception):
+            raise error
 
     # -- who comes in
 
@@ -229,13 +239,15 @@ class Batcher:
         talk: list[tuple[Ticket, Work]] = []
         prompts: list[Ticket] = []
         for ticket in [*self.running] if alone is None else [alone]:
-            with self._blaming(ticket):
-                if not self._is_ready(ticket):
+            try:  # no `with`: that is two calls more, once a token
+                if (ticket.is_torn or ticket.waits_for is not None) and not self._is_ready(ticket):
                     continue
                 if ticket.generation.pending is not None:
                     prompts.append(ticket)
                 elif (item := ticket.generation.work(1)) is not None:
                     talk.append((ticket, item))
+            except BaseException as e:
+                self._blame(ticket, e)
         n_batch = self.cm.capabilities.n_batch
         if len(talk) + bool(prompts) > n_batch:  # in turn, and a prompt goes on as well
             talk.sort(key=lambda pair: pair[0].last_token_at)
@@ -272,7 +284,7 @@ class Batcher:
         """One step of these; whether cells were short for somebody."""
         for ticket, _ in packed:
             ticket.is_torn = True  # until it is known what came of it: an interrupt leaves it so
-        report = self.cm.step([item for _, item in packed], holder=self)
+        report = self.cm.step([item for _, item in packed], holder=self, read=self._choose)
         n_next = n_prompt = n_errors = 0
         is_short = False
         for ticket, item in packed:
@@ -309,20 +321,45 @@ class Batcher:
         ticket.is_torn = error.code not in (1, -1)
         return False
 
+    # -- what is said
+
+    def _choose(self, session: Session, logits: FloatArray) -> None:
+        """The next token of a session, for `_sample`: this is within a call of the manager, where no reply can end."""
+        ticket = self._by_session[session]
+        try:
+            self._chosen[ticket] = ticket.generation.choose(logits)
+        except BaseException as e:
+            ticket.error = e
+            if not isinstance(e, Exception):
+                raise
+
+    def _choose_without_step(self, ticket: Ticket) -> None:
+        """Where the logits were there already, or a step was interrupted before they were read."""
+        generation = ticket.generation
+        if not ticket.is_torn and generation.pending is None and generation.work(1) is None:
+            self.cm.read_logits(ticket.session, partial(self._choose, ticket.session), holder=self)
+
     def _sample(self) -> None:
         """A token for everybody whose logits are ready."""
+        chosen = self._chosen
         for ticket in [*self.running]:
             generation = ticket.generation
-            with self._blaming(ticket):
-                if ticket.is_torn or generation.pending is not None or generation.work(1) is not None:
+            try:
+                if ticket not in chosen:
+                    self._choose_without_step(ticket)
+                if ticket.error is not None:
+                    self.end(ticket, ticket.error)
+                if ticket not in chosen:
                     continue
-                chunks = generation.chunks(self.cm.read_logits(ticket.session, generation.choose, holder=self))
+                chunks = generation.chunks(chosen.pop(ticket))
                 ticket.state = "running"
                 ticket.last_token_at = self._tally.note_token(ticket.submitted, ticket.last_token_at)
                 if generation.reply is None:
                     ticket.put(chunks)
                 else:
                     self.end(ticket, chunks=chunks)
+            except BaseException as e:
+                self._blame(ticket, e)
 
     # -- who gives way
 

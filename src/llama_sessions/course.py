@@ -105,6 +105,12 @@ class Course:
             raise StateError("the generation was not started")
         return self._pending
 
+    def leave_prompt(self) -> None:
+        """Nothing more of it is to be decoded: a row with half a prompt may make way for others."""
+        for pending in (self._pending, self._renewal):
+            if pending is not None:
+                pending.is_given_up = True
+
     def has_room(self) -> bool:
         """Whether the row can take a token more, room made for it if need be."""
         row, most = self._row, self._most

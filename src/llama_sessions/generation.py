@@ -274,6 +274,7 @@ class Generation(Course):
             tool_calls=tuple(speech.tool_calls),
             logprobs=tuple(self._logprobs[: len(tokens)]),
         )
+        self.leave_prompt()
         return self.reply
 
     def leave(self) -> None:

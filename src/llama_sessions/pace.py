@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 _WEIGHT = 0.25  # of the newest measurement
 _FIRST = 8  # prompt tokens beside others, before anything was measured
 _CAREFUL = 0.9  # of what the share allows: a step that is a little too long is noticed, one too short is not
+_AGAIN = 64  # steps with prompts after which one without shows anew what the others take
+
+
+@dataclass(slots=True)
+class _Talk:
+    """What a step takes in which so many sessions decode a token each, and nothing else happens."""
+
+    seconds: float
+    n_since: int = 0  # steps with prompts
 
 
 class Pace:
@@ -16,41 +27,37 @@ class Pace:
 
     def __init__(self, share: float) -> None:
         self.share = share
-        self._decode: dict[int, float] = {}
+        self._talks: dict[int, _Talk] = {}
         self._prompt_token: float | None = None
+        self._is_of_mixed = False  # and not of steps with prompts alone, where a token is cheaper
 
     def note(self, n_next: int, n_prompt: int, seconds: float) -> None:
         """A step with `n_next` single tokens and `n_prompt` prompt tokens took so long."""
-        if n_prompt:
-            decode = self.decode_seconds(n_next) if n_next else 0.0
-            if decode is not None:
-                each = max(seconds - decode, seconds / 20, 1e-9) / n_prompt
-                self._prompt_token = _mean(self._prompt_token, each)
-            elif self._prompt_token is None:
-                self._prompt_token = max(seconds, 1e-9) / (n_next + n_prompt)
-            else:  # or, as long as there is always a prompt, it would never be known what the others take
-                self._decode[n_next] = max(seconds - n_prompt * self._prompt_token, seconds / 20)
-        elif n_next:
-            self._decode[n_next] = _mean(self._decode.get(n_next), seconds)
-
-    def decode_seconds(self, n_next: int) -> float | None:
-        """What a step of `n_next` single tokens takes; from the nearest number that was measured, scaled no further
-        than in proportion."""
-        if n_next in self._decode:
-            return self._decode[n_next]
-        if not self._decode:
-            return None
-        nearest = min(self._decode, key=lambda n: abs(n - n_next))
-        return self._decode[nearest] * max(0.5, min(2.0, n_next / nearest))
+        talk = self._talks.get(n_next)
+        if not n_prompt:
+            if talk is None:
+                self._talks[n_next] = _Talk(seconds)
+            else:
+                talk.seconds, talk.n_since = _mean(talk.seconds, seconds), 0
+        elif talk is not None:
+            talk.n_since += 1
+            each = max(seconds - talk.seconds, seconds / 20, 1e-9) / n_prompt
+            self._prompt_token = _mean(self._prompt_token if self._is_of_mixed else None, each)
+            self._is_of_mixed = True
+        elif not n_next and not self._is_of_mixed:
+            self._prompt_token = max(seconds, 1e-9) / n_prompt
 
     def n_prompt(self, n_next: int, n_left: int) -> int:
-        """Prompt tokens for the next step, at most `n_left`, beside `n_next` single tokens."""
+        """Prompt tokens for the next step, at most `n_left`, beside `n_next` single tokens. 0 where it has to be seen
+        first what those take alone."""
         if not n_next or self.share >= 1.0:
             return n_left
-        decode = self.decode_seconds(n_next)
-        if decode is None or self._prompt_token is None:
+        talk = self._talks.get(n_next)
+        if talk is None or talk.n_since >= _AGAIN:
+            return 0
+        if self._prompt_token is None:
             return min(n_left, _FIRST)
-        seconds = decode * self.share / (1.0 - self.share) * _CAREFUL
+        seconds = talk.seconds * self.share / (1.0 - self.share) * _CAREFUL
         return min(n_left, max(1, int(seconds / self._prompt_token)))
 
 

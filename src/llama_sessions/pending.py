@@ -37,6 +37,7 @@ class Pending:
     decode_seconds: float = 0.0
     on_return: Callable[[], None] | None = None
     is_whole: bool = False  # once it is, it stays so, wherever the row goes then
+    is_given_up: bool = False  # nobody will go on with it, whoever still knows it (the traceback of an error, say)
 
     @property
     def row(self) -> Row:

@@ -68,7 +68,10 @@ class Seat:
     @property
     def is_begun(self) -> bool:
         """Whether somebody is in the middle of decoding its prompt."""
-        return self.row.n < self.prompt.n_tokens and self.pending is not None and self.pending() is not None
+        if self.pending is None or self.row.n >= self.prompt.n_tokens:
+            return False
+        pending = self.pending()
+        return pending is not None and not pending.is_given_up
 
 
 class Seats:

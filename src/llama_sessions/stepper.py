@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from .pending import NextToken, Pending, PromptChunk, Work
 from .report import StepReport, StepResult
 from .seats import Seat, Seats
 from .session import Session
+from .types import FloatArray
 
 _ONE_TOKEN = StepResult(1, True)
 
@@ -37,8 +38,14 @@ class Stepper:
         self._seats = seats
         self._parking = parking
 
-    def step(self, work: tuple[Work, ...], holder: object | None) -> StepReport:
-        """One decode of checked work (maybe none). Where cells are short, idle sessions not in it are parked."""
+    def step(
+        self,
+        work: tuple[Work, ...],
+        holder: object | None,
+        read: Callable[[Session, FloatArray], object] | None = None,
+    ) -> StepReport:
+        """One decode of checked work (maybe none). Where cells are short, idle sessions not in it are parked. `read`
+        gets the logits of each that has some now, which are not to be kept."""
         results: dict[Session, StepResult] = {}
         tasks: list[_Task] = []
         for item in work:
@@ -49,6 +56,11 @@ class Stepper:
                 continue
             tasks.append(task)
         seconds = self._run(tasks, [item.session for item in work], results)
+        if read is not None:
+            for task in tasks:
+                session = task.work.session
+                if task.wants_logits and results[session].error is None:
+                    read(session, self._store.logits(task.row))
         return StepReport(results, sum([r.n_decoded for r in results.values()]), seconds)
 
     def step_one(self, item: Work, holder: object | None, but: Sequence[Session] = ()) -> Row:

@@ -130,16 +130,24 @@ class Steps(House):
 
     # -- step
 
-    def step(self, work: Sequence[Work], *, holder: object | None = None) -> StepReport:
+    def step(
+        self,
+        work: Sequence[Work],
+        *,
+        holder: object | None = None,
+        read: Callable[[Session, FloatArray], object] | None = None,
+    ) -> StepReport:
         """One `llama_decode` of any mix of prompt chunks and single tokens, each of another session.
 
         What cannot go in (no room in the row, no cells) gets its error in the report and is left out; the others are
-        decoded. Raises OptionError for work that is none: an empty step, a session twice, more than `n_batch` tokens.
+        decoded. `read`: called for each session that has logits now, as by `read_logits`, but within this call: the
+        way through the door once a step. What it raises is raised; all rows are booked by then. Raises OptionError for
+        work that is none: an empty step, a session twice, more than `n_batch` tokens.
         """
         with self._entry.gate(), self._entry.change:
             work = self._stepper.checked(work)
             if not len(self._parking):
-                return self._stepper.step(work, holder)
+                return self._stepper.step(work, holder, read)
             sessions = [item.session for item in work]
             errors: dict[Session, StepResult] = {}
             for item in work:
@@ -149,7 +157,7 @@ class Steps(House):
                     except LlamaSessionsError as e:
                         errors[item.session] = StepResult(0, False, e)
             left = tuple(i for i, session in zip(work, sessions, strict=True) if session not in errors)
-            report = self._stepper.step(left, holder)
+            report = self._stepper.step(left, holder, read)
             return StepReport({**errors, **report.results}, report.n_tokens, report.seconds)
 
     def begin_return(self, session: Session, *, holder: object | None = None) -> Pending | None:

@@ -45,6 +45,7 @@ class Ticket(Iterator[Chunk]):
         self._timeout_s = timeout_s
         self._ready: deque[Chunk] = deque()
         self._changed = threading.Condition()
+        self._n_awaiting = 0  # threads that want to hear of it
         self._listener: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
@@ -69,8 +70,10 @@ class Ticket(Iterator[Chunk]):
 
     def take(self) -> Chunk | None:
         """The next chunk, if there is one already."""
-        with self._changed:
-            return self._ready.popleft() if self._ready else None
+        try:
+            return self._ready.popleft()
+        except IndexError:
+            return None
 
     def result(self, timeout: float | None = None) -> Reply:
         """The whole reply. Raises what ended it instead, or TimeoutError after `timeout` seconds: it goes on then."""
@@ -121,10 +124,12 @@ class Ticket(Iterator[Chunk]):
 
     def put(self, chunks: Sequence[Chunk]) -> None:
         """Hand out chunks."""
-        with self._changed:
-            self._ready.extend(chunks)
-            self._changed.notify_all()
-        self._tell()
+        self._ready.extend(chunks)
+        if self._n_awaiting:  # no lock where nobody waits: this is once a token
+            with self._changed:
+                self._changed.notify_all()
+        if self._listener is not None:
+            self._tell()
 
     def end(self, chunks: Sequence[Chunk]) -> None:
         """It is over, with the last chunks."""
@@ -138,7 +143,11 @@ class Ticket(Iterator[Chunk]):
     def wait(self, timeout: float | None, *, until_over: bool) -> None:
         """Until there is a chunk, or it is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self.is_over or (self._ready and not until_over), timeout)
+            self._n_awaiting += 1  # before it looks: whoever brings something looks at this afterwards
+            try:
+                self._changed.wait_for(lambda: self.is_over or (self._ready and not until_over), timeout)
+            finally:
+                self._n_awaiting -= 1
 
     def on_change(self, listener: Callable[[], None] | None) -> None:
         """Call `listener` whenever there is something new; from the thread that steps the pool."""

@@ -72,7 +72,9 @@ def test_a_parked_session_comes_back_exactly_into_another_slot(load: Loader, kin
     tokens = cm.tokens(session)
     assert cm.park(session) is True
     assert (cm.stats().n_parked, cm.stats().slots_free) == (1, 4)
+    assert cm.is_parked(session)
     cm.prepare(other)
+    assert not cm.is_parked(other)
     before = cm.logits(other).copy()
     np.testing.assert_array_equal(cm.tokens(session), tokens)
     n_decoded = cm.stats().n_tokens_decoded
@@ -80,6 +82,7 @@ def test_a_parked_session_comes_back_exactly_into_another_slot(load: Loader, kin
     assert cm._seats.get(session).row.seq_id != slot  # type: ignore[union-attr]
     assert cm.stats().n_tokens_decoded - n_decoded <= 1
     assert cm.stats().n_parked == 0
+    assert not cm.is_parked(session)
     np.testing.assert_array_equal(cm.logits(other), before)
     session.add_assistant("I am.")
     session.add_user("Are you?")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -73,9 +73,16 @@ class AsyncPool:
 
     async def stream(
         self, session: Session, text: str | None = None, *, wait_s: float | None = None, **options: Any
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """The reply as chunks, as of `Engine.stream`."""
         ticket = await self.submit(session, text, wait_s=wait_s, **options)
+        async with aclosing(self.chunks(ticket)) as chunks:  # or who leaves early leaves it to the garbage collector
+            async for chunk in chunks:
+                yield chunk
+
+    async def chunks(self, ticket: Ticket) -> AsyncGenerator[Chunk, None]:
+        """What comes of a ticket of this pool; raises what ended it. To leave it cancels the ticket; `ticket.cancel()`
+        ends it with its last chunks."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def tell() -> None:

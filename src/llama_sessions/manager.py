@@ -88,6 +88,10 @@ class ContextManager(Steps):
             self._seats.get(session, reading=True)
             self._parking.pin(session, checked_bool("on", on))
 
+    def is_parked(self, session: Session) -> bool:
+        """Whether its row was given up, and comes back when it is needed."""
+        return self._parking.get(session) is not None
+
     def is_pinned(self, session: Session) -> bool:
         """Whether a session is never parked by itself."""
         return self._parking.is_pinned(session)

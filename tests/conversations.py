@@ -9,7 +9,7 @@ import numpy as np
 from models import model_path
 from oracle import oracle_for
 
-from llama_sessions import ContextManager, Session
+from llama_sessions import ContextManager, Reply, Session
 from llama_sessions.testing import FakeContext, fake_parts, fresh_logits
 
 Loader = Callable[..., ContextManager]
@@ -56,3 +56,17 @@ def assert_exact(cm: ContextManager, session: Session) -> None:
     else:
         model = getattr(cm, "test_model", "llama-bpe")
         oracle_for(model_path(model)).assert_exact(cm.logits(session), tokens)
+
+
+def assert_as_alone(cm: ContextManager, session: Session, reply: Reply, alone: Reply, model: str = "llama-bpe") -> None:
+    """The reply is what it was alone, token for token, up to where two tokens are as likely as each other: within what
+    batch splits make of this model's logits."""
+    got, expected = reply.tokens, alone.tokens
+    n = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
+    if n is None:
+        assert got == expected
+        return
+    oracle = oracle_for(model_path(model))
+    logits = oracle.logits(cm.tokens(session)[: reply.n_prompt + n])
+    gap = abs(float(logits[got[n]] - logits[expected[n]]))
+    assert gap <= 2 * max(oracle.model_spread, 2e-3), f"token {n}: {got[n]} instead of {expected[n]}, {gap} apart"

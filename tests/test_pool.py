@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
-from conversations import Loader, assert_exact, is_seated, over_fake, said
+from conversations import Loader, assert_as_alone, assert_exact, is_seated, over_fake, said
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interrupting import interrupted_everywhere
 from test_invariants import KINDS, Fault
 
 from llama_sessions import (
@@ -22,12 +29,14 @@ from llama_sessions import (
     OptionError,
     Pool,
     QueueFull,
+    Reply,
     Session,
     StateError,
     Ticket,
 )
 from llama_sessions.generation import Generation
 from llama_sessions.llama.context import LlamaContext
+from llama_sessions.pool_stats import percentile
 from llama_sessions.testing import FakeContext
 from llama_sessions.types import FloatArray
 
@@ -90,10 +99,9 @@ def test_greedy_tokens_are_those_of_the_engine_alone(load: Loader, kind: str) ->
     pool.run()
     for ticket, reply in zip(tickets, expected, strict=True):
         got = ticket.result()
-        assert (got.tokens, got.text, got.stop_reason) == (reply.tokens, reply.text, reply.stop_reason)
+        assert_as_alone(cm, ticket.session, got, reply, name)
         assert got.n_prompt == reply.n_prompt
-        assert ticket.session.messages[-1] == {"role": "assistant", "content": reply.text}
-        cm.prepare(ticket.session.copy())
+        assert ticket.session.messages[-1] == {"role": "assistant", "content": got.text}
     assert pool.stats().n_steps < sum(reply.n_generated for reply in expected)
 
 
@@ -125,7 +133,7 @@ def test_a_prompt_whose_logits_are_ready_is_sampled_at_once() -> None:
     cm = fake()
     session = said("Ready?")
     cm.prepare(session)
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     ticket = pool.submit(session, max_tokens=3, **ENDLESS)
     assert pool.step()
     assert ticket.n_generated == 1
@@ -137,7 +145,7 @@ def test_a_prompt_whose_logits_are_ready_is_sampled_at_once() -> None:
 
 def test_who_comes_later_joins_and_who_is_through_leaves_at_once() -> None:
     cm = fake(max_sessions=2)
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     first, second, third = say(pool, "One?", "Two?", "Three?", max_tokens=100, **ENDLESS)
     step_until(pool, lambda: first.n_generated == 5)
     assert third.state == "waiting"
@@ -156,9 +164,9 @@ def test_a_long_newcomer_takes_no_step_from_those_who_talk(load: Loader) -> None
     def wide(**options: Any) -> ContextManager:
         return load(**{"n_ctx": 8192, "max_sessions": 10, "n_batch": 512, **options})
 
-    def wide_alone(text: str, **options: Any) -> tuple[int, ...]:
+    def wide_alone(text: str, **options: Any) -> Reply:
         with wide() as cm:
-            return Engine(cm).chat(Session(), text, **options).tokens
+            return Engine(cm).chat(Session(), text, **options)
 
     cm = wide()
     plain = {**GREEDY, "logit_bias": dict.fromkeys((t for t in range(640) if cm.vocab.is_eog(t)), -math.inf)}
@@ -176,12 +184,9 @@ def test_a_long_newcomer_takes_no_step_from_those_who_talk(load: Loader) -> None
     assert newcomer.generation._n_prompt > 1500
     assert n_steps > 2
     pool.run()
-    for ticket, options in [
-        (eight[0], {"max_tokens": 60}),
-        (eight[7], {"max_tokens": 60}),
-        (newcomer, {"max_tokens": 4}),
-    ]:
-        assert ticket.result().tokens == wide_alone(ticket.session.messages[0]["content"], **options, **plain)
+    for ticket, n in [(eight[0], 60), (eight[7], 60), (newcomer, 4)]:
+        reply = wide_alone(ticket.session.messages[0]["content"], max_tokens=n, **plain)
+        assert_as_alone(cm, ticket.session, ticket.result(), reply)
 
 
 def test_with_the_whole_share_a_prompt_fills_the_batch() -> None:
@@ -237,7 +242,7 @@ def test_a_longer_stem_of_some_is_shared_as_well() -> None:
 
 def test_who_waits_for_a_stem_goes_on_when_its_decoder_is_gone_or_gave_way() -> None:
     for deed in ("cancel", "pause", "back"):
-        pool = Pool(fake(n_batch=32))
+        pool = Pool(fake(n_batch=32), prefill_share=1.0)
         stem = "stem " * 30
         first, second = say(pool, stem + "1", stem + "2", max_tokens=4, **ENDLESS)
         pool.step()
@@ -277,7 +282,7 @@ def test_higher_priority_first_and_else_who_came_first() -> None:
 
 
 def test_nobody_is_passed_over_for_ever_and_a_refusal_is_no_passing_over() -> None:
-    pool = Pool(fake(max_sessions=1))
+    pool = Pool(fake(max_sessions=1), prefill_share=1.0)
     low = pool.submit(Session(), "low", priority=-1, max_tokens=1, **ENDLESS)
     n_before = 0
     while not low.is_over:
@@ -287,7 +292,7 @@ def test_nobody_is_passed_over_for_ever_and_a_refusal_is_no_passing_over() -> No
         n_before += 1
     assert 6 <= n_before <= 40
     pool.close()
-    pool = Pool(fake(max_sessions=1))
+    pool = Pool(fake(max_sessions=1), prefill_share=1.0)
     (runs,) = say(pool, "I run", max_tokens=40, **ENDLESS)
     pool.step()
     low = pool.submit(Session(), "low", max_tokens=1, **ENDLESS)
@@ -418,7 +423,7 @@ def test_room_made_outside_of_the_pool_is_seen_while_others_run(monkeypatch: pyt
     cm = fake(max_sessions=2)
     stream = Engine(cm).stream(Session(), "mine", **ENDLESS)
     next(stream)
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     first, second = say(pool, "1?", "2?", max_tokens=30, **ENDLESS)
     for _ in range(3):
         pool.step()
@@ -438,7 +443,7 @@ def test_who_gives_way_comes_back_and_says_what_it_would_have_said(load: Loader,
     name, _ = KINDS[kind]
     texts = [f"Question {i}: " + "so it goes " * 8 for i in range(3)]
     with load(name, n_ctx=2048) as cm:
-        expected = [Engine(cm).chat(Session(), text, max_tokens=40, **GREEDY).tokens for text in texts]
+        expected = [Engine(cm).chat(Session(), text, max_tokens=40, **GREEDY) for text in texts]
     cm = load(name, n_batch=256)
     pool = Pool(cm, prefill_share=1.0)
     tickets = say(pool, *texts, max_tokens=40, **GREEDY)
@@ -447,7 +452,8 @@ def test_who_gives_way_comes_back_and_says_what_it_would_have_said(load: Loader,
         pool._batcher._pause(ticket)
     assert [t.state for t in tickets[1:]] == ["paused", "paused"]
     pool.run()
-    assert [ticket.result().tokens for ticket in tickets] == expected
+    for ticket, reply in zip(tickets, expected, strict=True):
+        assert_as_alone(cm, ticket.session, ticket.result(), reply, name)
     assert pool.stats().n_preemptions == 2
 
 
@@ -481,7 +487,7 @@ def test_who_comes_in_meanwhile_does_not_make_them_take_back_what_they_gave() ->
 
 def test_a_prompt_gives_way_half_done_and_goes_on_from_there() -> None:
     cm = fake(n_ctx=400, max_sessions=3, n_batch=32)
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     (first,) = say(pool, "1?", max_tokens=10, **ENDLESS)
     (second,) = say(pool, "p" * 150, max_tokens=5, **ENDLESS)
     step_until(pool, lambda: second.generation.pending is not None and second.generation.pending.row.n > 20)
@@ -530,11 +536,28 @@ def at_stage(pool: Pool, stage: str) -> Ticket:
     return ticket
 
 
+@pytest.mark.parametrize("driver", ["pool", "engine"])
+def test_a_prompt_that_was_cancelled_half_done_leaves_its_slot_to_others(driver: str) -> None:
+    cm = fake(max_sessions=1)
+    session = Session()
+    cm.set_hook("on_progress", lambda done, total, asked: asked is not session or not done)
+    if driver == "pool":
+        kept: Any = Pool(cm).submit(session, "p" * 200, **ENDLESS)
+        assert kept.result().stop_reason == "cancelled"
+    else:
+        kept = Engine(cm).stream(session, "p" * 200, **ENDLESS)
+        assert list(kept)[-1].reply.stop_reason == "cancelled"
+    assert 0 < len(cm.tokens(session)) < 200
+    cm.prepare(said("Me."))
+    assert is_seated(cm, session) == [False]
+    assert kept.reply is not None
+
+
 @pytest.mark.parametrize("why", ["cancelled", "timeout"])
 @pytest.mark.parametrize("stage", ["waiting", "prompt", "running", "paused"])
 def test_a_request_ends_at_every_stage_within_one_step(stage: str, why: str) -> None:
     cm = fake(max_sessions=1 if stage == "waiting" else 3)
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     ticket = at_stage(pool, stage)
     others = [t for t in pool._batcher.tickets if t is not ticket]
     if stage != "waiting":
@@ -564,7 +587,7 @@ def test_a_request_ends_at_every_stage_within_one_step(stage: str, why: str) -> 
 
 @pytest.mark.parametrize(("text", "stage"), [("1?", "running"), ("1" * 200, "prompt")])
 def test_a_cancelled_one_gives_its_slot_to_who_waits_within_one_step(text: str, stage: str) -> None:
-    pool = Pool(fake(max_sessions=1))
+    pool = Pool(fake(max_sessions=1), prefill_share=1.0)
     first, second = say(pool, text, "2?", max_tokens=5, **ENDLESS)
     pool.step()
     assert first.state == stage
@@ -576,7 +599,7 @@ def test_a_cancelled_one_gives_its_slot_to_who_waits_within_one_step(text: str, 
 
 
 def test_a_timeout_counts_from_the_submit() -> None:
-    pool = Pool(fake(max_sessions=1))
+    pool = Pool(fake(max_sessions=1), prefill_share=1.0)
     (first,) = say(pool, "1?", max_tokens=3, **ENDLESS)
     (late,) = say(pool, "2?", timeout_s=0.05, **ENDLESS)
     pool.step()
@@ -619,30 +642,26 @@ def test_a_decode_that_did_half_of_its_work_leaves_everybody_right(
     name, options = KINDS[kind]
     texts = ["One? " * 4, "Two? " * 5, "Three? " * 30]
     with load(name, **options) as cm:
-        expected = [Engine(cm).chat(Session(), text, max_tokens=10, **GREEDY).tokens for text in texts]
+        expected = [Engine(cm).chat(Session(), text, max_tokens=10, **GREEDY) for text in texts]
     cm = load(name, n_batch=64, **options)
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     tickets = say(pool, *texts[:2], max_tokens=10, **GREEDY)
     step_until(pool, lambda: all(t.n_generated > 1 for t in tickets))
     tickets += say(pool, texts[2], max_tokens=10, **GREEDY)
     fault = Fault(monkeypatch, LlamaContext, "decode").plant(code, when, at=2)
     pool.run()
     assert fault.n_hits == 1
-    assert [ticket.result().tokens for ticket in tickets] == expected
-    for ticket in tickets:
-        cm.prepare(ticket.session)
-        assert_exact_kind(cm, name, ticket.session)
-
-
-def assert_exact_kind(cm: ContextManager, name: str, session: Session) -> None:
     cm.test_model = name  # type: ignore[attr-defined]
-    assert_exact(cm, session)
+    for ticket, reply in zip(tickets, expected, strict=True):
+        assert_as_alone(cm, ticket.session, ticket.result(), reply, name)
+        cm.prepare(ticket.session)
+        assert_exact(cm, ticket.session)
 
 
 @pytest.mark.parametrize("code", [-1, 2, -2, -3])
 def test_the_one_whose_decode_always_fails_gets_the_error_alone(code: int) -> None:
     cm = fake()
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     tickets = say(pool, "1?", "2?", "3?", max_tokens=12, **ENDLESS)
     step_until(pool, lambda: all(t.n_generated > 1 for t in tickets))
     bad, context = tickets[1], context_of(cm)
@@ -668,7 +687,7 @@ def test_the_one_whose_decode_always_fails_gets_the_error_alone(code: int) -> No
 
 def test_a_context_that_is_broken_ends_everybody_and_no_loop_goes_on_for_ever() -> None:
     cm = fake()
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     tickets = say(pool, "1?", "2?", "3?", max_tokens=12, **ENDLESS)
     step_until(pool, lambda: all(t.n_generated > 1 for t in tickets))
     context_of(cm).codes.extend([-3] * 50)
@@ -732,7 +751,7 @@ def test_a_hook_that_raises_cancelled_cancels() -> None:
 def test_a_bias_that_bans_all_and_a_grammar_that_ends_concern_their_own_request(load: Loader) -> None:
     texts = ["1?", "4?"]
     with load() as cm:
-        expected = [Engine(cm).chat(Session(), text, max_tokens=9, **GREEDY).tokens for text in texts]
+        expected = [Engine(cm).chat(Session(), text, max_tokens=9, **GREEDY) for text in texts]
     cm = load()
     pool = Pool(cm)
     banned = dict.fromkeys(range(cm.capabilities.n_vocab), -math.inf)
@@ -746,11 +765,12 @@ def test_a_bias_that_bans_all_and_a_grammar_that_ends_concern_their_own_request(
     with pytest.raises(OptionError, match="no token can be sampled"):
         nothing.result()
     assert bound.result().text in ("yes", "no")
-    assert [ticket.result().tokens for ticket in tickets] == expected
+    for ticket, reply in zip(tickets, expected, strict=True):
+        assert_as_alone(cm, ticket.session, ticket.result(), reply)
 
 
 def test_a_raising_sampler_ends_its_own_request() -> None:
-    pool = Pool(fake())
+    pool = Pool(fake(), prefill_share=1.0)
     first, bad = say(pool, "1?", "2?", max_tokens=6, **ENDLESS)
     step_until(pool, lambda: bad.n_generated == 2)
     bad.generation._sampler.sample = lambda *_: 1 / 0  # type: ignore[method-assign]
@@ -803,7 +823,7 @@ def bad_chunks(ticket: Ticket) -> list[int | None]:
 
 def test_a_row_that_cannot_be_parked_ends_its_own_request() -> None:
     cm = fake()
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     first, bad = say(pool, "1?", "2?", max_tokens=6, **ENDLESS)
     step_until(pool, lambda: bad.n_generated == 2)
     cm.park = lambda *_, **__: 1 / 0  # type: ignore[method-assign,assignment]
@@ -816,7 +836,7 @@ def test_a_row_that_cannot_be_parked_ends_its_own_request() -> None:
 
 def test_a_stem_that_is_no_more_to_be_had_makes_who_waited_for_it_give_way() -> None:
     cm = fake(n_ctx=400, n_batch=32, max_sessions=3)
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     stem = "s" * 150
     first, second = say(pool, stem + "1", stem + "2", max_tokens=4, **ENDLESS)
     pool.step()
@@ -841,7 +861,7 @@ def test_a_stem_that_is_no_more_to_be_had_makes_who_waited_for_it_give_way() -> 
 
 def test_engine_and_pool_refuse_each_others_sessions() -> None:
     cm = fake()
-    pool, engine, session = Pool(cm), Engine(cm), Session()
+    pool, engine, session = Pool(cm, prefill_share=1.0), Engine(cm), Session()
     (ticket,) = [pool.submit(session, "1?", max_tokens=4, **ENDLESS)]
     for _ in range(3):
         with pytest.raises(StateError, match="generating"):
@@ -894,7 +914,7 @@ def test_what_is_wrong_with_a_request_is_said_at_once_and_holds_nothing() -> Non
 
 def test_after_close_everything_is_refused_and_nothing_lost() -> None:
     cm = fake()
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     first, second = say(pool, "1?", "2?", **ENDLESS)
     step_until(pool, lambda: first.n_generated == 3)
     pool.close()
@@ -917,7 +937,7 @@ def test_close_with_drain_ends_all_first() -> None:
 
 def test_a_manager_closed_under_the_pool_ends_everybody_with_what_was_said() -> None:
     cm = fake()
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     first, second = say(pool, "1?", "2? " * 60, **ENDLESS)
     step_until(pool, lambda: first.n_generated == 3)
     cm.close()
@@ -932,7 +952,7 @@ def test_a_manager_closed_under_the_pool_ends_everybody_with_what_was_said() -> 
 
 def test_a_hook_that_waits_for_the_pool_is_refused_and_one_that_closes_it_is_heard() -> None:
     cm = fake()
-    pool = Pool(cm)
+    pool = Pool(cm, prefill_share=1.0)
     (first,) = say(pool, "1?", max_tokens=5, **ENDLESS)
     pool.step()
     (second,) = say(pool, "2?", max_tokens=5, **ENDLESS)
@@ -960,3 +980,507 @@ def test_a_listener_that_raises_hurts_nobody(caplog: pytest.LogCaptureFixture) -
     pool.run()
     assert_alone(tickets, max_tokens=4, **ENDLESS)
     assert "what listens to a ticket raised" in caplog.text
+
+
+# -- threads
+
+
+def test_threads_submit_and_wait_while_the_worker_drives() -> None:
+    texts = [f"{i}? " + "w" * (5 * i) for i in range(12)]
+    replies: dict[str, Reply] = {}
+    with Pool(fake(max_sessions=3, n_ctx=500)) as pool:
+
+        def ask(text: str) -> None:
+            replies[text] = pool.submit(Session(), text, max_tokens=8, **ENDLESS).result(60.0)
+
+        threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
+        for thread in threads:
+            thread.start()
+        with pytest.raises(StateError, match="worker drives it"):
+            pool.run()
+        for thread in threads:
+            thread.join(60.0)
+    assert {text: reply.tokens for text, reply in replies.items()} == {
+        text: alone(text, max_tokens=8, **ENDLESS) for text in texts
+    }
+
+
+class Gate:
+    """Lets decodes through one by one, or slows them down: a decode that takes its time, as a real one does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float | None = None) -> None:
+        self.inside, self.go_on = threading.Event(), threading.Event()
+        real, gate = FakeContext.decode, self
+
+        def decode(this: FakeContext, runs: Any) -> int:
+            gate.inside.set()
+            if seconds is None:
+                assert gate.go_on.wait(20.0)
+            else:
+                time.sleep(seconds)
+            return real(this, runs)
+
+        monkeypatch.setattr(FakeContext, "decode", decode)
+
+
+def test_submit_cancel_stats_and_close_of_others_never_wait_for_a_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(fake())
+    (first,) = say(pool, "1?", max_tokens=4, **ENDLESS)
+    gate = Gate(monkeypatch)
+    with pool:
+        assert gate.inside.wait(10.0)
+        started = time.monotonic()
+        (second,) = say(pool, "2?", max_tokens=4, **ENDLESS)
+        first.cancel()
+        assert pool.stats().n_waiting == 1
+        assert "llama_sessions_waiting 1" in pool.metrics()
+        with pytest.raises(TimeoutError, match="no reply within"):
+            second.result(timeout=0.0)
+        assert not second.is_over
+        assert time.monotonic() - started < 5.0  # the decode is still inside
+        gate.go_on.set()
+        assert first.result(20.0).stop_reason == "cancelled"
+    monkeypatch.undo()
+    assert_alone([second], max_tokens=4, **ENDLESS)
+
+
+def test_whoever_waits_for_a_result_does_not_turn_in_circles(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gate(monkeypatch, 0.01)
+    with Pool(fake()) as pool:
+        (ticket,) = say(pool, "1?", max_tokens=20, **ENDLESS)
+        waits, wait = [], ticket._changed.wait
+        ticket._changed.wait = lambda *a: waits.append(1) or wait(*a)  # type: ignore[method-assign,func-returns-value]
+        looked = []
+        monkeypatch.setattr(Pool, "wait_for", counted(Pool.wait_for, looked))
+        ticket.result(20.0)
+    assert len(looked) <= 2
+    assert len(waits) <= 60
+
+
+def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return function(*args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_the_end_of_the_worker_loses_no_session(drain: bool) -> None:
+    cm = fake(max_sessions=2)
+    pool = Pool(cm)
+    with pool:
+        tickets = say(pool, *(f"{i}? " + "w" * 20 for i in range(5)), max_tokens=30, **ENDLESS)
+        while tickets[0].n_generated < 3:
+            time.sleep(0.001)
+        pool.close(drain=drain)
+        assert all(ticket.is_over for ticket in tickets)
+        with pytest.raises(StateError, match="closed"):
+            say(pool, "late")
+    for ticket in tickets:
+        reply = ticket.result(0.0)
+        whole = alone(
+            ticket.session.messages[0]["content"] if ticket.session.messages else "", max_tokens=30, **ENDLESS
+        )
+        if drain:
+            assert reply.tokens == whole
+        else:
+            assert reply.stop_reason in ("cancelled", "length")
+            assert reply.tokens == whole[: len(reply.tokens)]
+        assert not cm.is_held(ticket.session)
+    assert drain or any(ticket.result().stop_reason == "cancelled" for ticket in tickets)
+
+
+def test_an_error_in_the_with_ends_what_is_under_way_at_once() -> None:
+    pool = Pool(fake())
+    (ticket,) = say(pool, "1?", max_tokens=1000, **ENDLESS)
+    with pytest.raises(ZeroDivisionError), pool:
+        raise ZeroDivisionError
+    assert ticket.result(0.0).stop_reason == "cancelled"
+
+
+def test_a_manager_closed_under_the_worker_ends_everybody() -> None:
+    cm = fake()
+    with Pool(cm) as pool:
+        tickets = say(pool, "1?", "2?", max_tokens=1000, **ENDLESS)
+        while tickets[0].n_generated < 3:
+            time.sleep(0.001)
+        cm.close()
+        for ticket in tickets:
+            with pytest.raises(StateError, match="closed"):
+                ticket.result(20.0)
+        with pytest.raises(StateError, match="closed"):
+            say(pool, "3?")
+    assert tickets[0].session.messages[-1]["role"] == "assistant"
+
+
+def test_a_worker_that_is_hit_by_anything_at_all_tells_everybody() -> None:
+    with Pool(fake()) as pool:
+        pool._batcher.step = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        (ticket,) = say(pool, "1?", **ENDLESS)
+        with pytest.raises(ZeroDivisionError):
+            ticket.result(20.0)
+        with pytest.raises(StateError, match="closed"):
+            say(pool, "2?")
+
+
+def test_the_next_turn_may_be_asked_for_as_soon_as_the_reply_is_seen() -> None:
+    with Pool(fake()) as pool:
+        session = Session()
+        for i in range(30):
+            for chunk in pool.submit(session, f"{i}?", max_tokens=1, **ENDLESS):
+                if chunk.reply is not None:
+                    break
+    assert len(session.messages) == 60
+
+
+@pytest.mark.parametrize("has_worker", [True, False])
+def test_several_threads_iterate_over_one_ticket(has_worker: bool) -> None:
+    pool = Pool(fake())
+    if has_worker:
+        pool.__enter__()
+    (ticket,) = say(pool, "1?", max_tokens=60, **ENDLESS)
+    got: list[int | None] = []
+    threads = [threading.Thread(target=lambda: got.extend(c.token for c in ticket)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30.0)
+        assert not thread.is_alive()
+    assert sorted(t for t in got if t is not None) == sorted(ticket.result().tokens)
+    assert len(got) == 60
+    pool.close()
+
+
+def test_close_while_another_thread_waits_without_a_worker() -> None:
+    pool = Pool(fake())
+    (ticket,) = say(pool, "1?", max_tokens=1000, **ENDLESS)
+    replies: list[Reply] = []
+    thread = threading.Thread(target=lambda: replies.append(ticket.result()))
+    thread.start()
+    while ticket.n_generated < 3:
+        time.sleep(0.001)
+    pool.close()
+    thread.join(20.0)
+    assert [reply.stop_reason for reply in replies] == ["cancelled"]
+
+
+def test_submits_and_closes_that_meet_leave_nobody_waiting() -> None:
+    for i in range(30):
+        cm = fake()
+        pool = Pool(cm).__enter__()
+        tickets: list[Ticket] = []
+
+        def ask(pool: Pool = pool, tickets: list[Ticket] = tickets) -> None:
+            try:
+                while True:
+                    tickets.append(pool.submit(Session(), "1?", max_tokens=1, **ENDLESS))
+            except (StateError, QueueFull):
+                pass
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while not tickets:
+            time.sleep(0.0002)
+        pool.close(drain=i % 2 == 0)
+        thread.join(20.0)
+        assert not thread.is_alive()
+        for ticket in tickets:
+            assert ticket.is_over
+            assert i % 2 or ticket.result(0.0).n_generated == 1
+        assert pool._batcher.is_idle
+
+
+# -- who is dropped, and what is kept
+
+
+def test_a_ticket_that_its_user_drops_goes_on_and_nothing_of_it_is_kept() -> None:
+    cm = fake()
+    pool = Pool(cm)
+    session = Session()
+    pool.submit(session, "1?", max_tokens=5, **ENDLESS)
+    pool.run()
+    assert session.messages[-1]["role"] == "assistant"
+    ticket = pool.submit(Session(), "2?", max_tokens=5, **ENDLESS)
+    waited = pool.submit(Session(), "2?" * 30, max_tokens=5, **ENDLESS)
+    pool.run()
+    gone = [weakref.ref(ticket), weakref.ref(ticket.session), weakref.ref(ticket.generation)]
+    del ticket
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None, None]
+    assert waited.is_over
+    assert not pool._batcher._by_session
+    cm.check_integrity()
+    assert cm.slots.n_free == 8 - 2
+
+
+def test_a_session_in_the_pool_lives_though_nobody_else_has_it() -> None:
+    pool = Pool(fake())
+    ticket = pool.submit(Session(), "1?", max_tokens=5, **ENDLESS)
+    gc.collect()
+    pool.run()
+    assert_alone([ticket], max_tokens=5, **ENDLESS)
+
+
+def test_memory_stays_flat_over_many_requests() -> None:
+    pool = Pool(fake(max_sessions=4))
+    pool._batcher._tally._first = type(pool._batcher._tally._first)(maxlen=10)
+
+    def n_objects() -> int:
+        for _ in range(100):
+            say(pool, "1?", max_tokens=1, **ENDLESS)
+        pool.run()
+        gc.collect()
+        return len(gc.get_objects())
+
+    n_objects()
+    before = n_objects()
+    assert n_objects() - before < 100
+
+
+def test_forks_and_edits_of_sessions_in_the_pool_hurt_nobody() -> None:
+    cm = fake()
+    pool = Pool(cm, prefill_share=1.0)
+    first, second, third = say(pool, "1?", "2? " * 10, "3?", max_tokens=12, **ENDLESS)
+    step_until(pool, lambda: first.n_generated == 4 and third.n_generated > 0)
+    fork = cm.fork(first.session)
+    second.session.messages.append({"role": "user", "content": "and this?"})
+    third.session.messages.clear()
+    pool.run()
+    assert first.result().tokens == alone("1?", max_tokens=12, **ENDLESS)
+    assert second.result().tokens == alone("2? " * 10, max_tokens=12, **ENDLESS)
+    assert third.result().tokens == alone("3?", max_tokens=12, **ENDLESS)
+    assert fork.messages == [{"role": "user", "content": "1?"}]
+    cm.prepare(fork)
+    assert_exact(cm, fork)
+    more = pool.submit(fork, max_tokens=12, **ENDLESS).result()
+    assert more.tokens == first.result().tokens
+    for ticket in (first, second, third):
+        cm.prepare(ticket.session)
+        assert_exact(cm, ticket.session)
+
+
+def test_eight_sessions_talk_past_their_context_over_a_common_prefix(load: Loader) -> None:
+    cm = load(n_ctx=256, max_sessions=8, n_batch=256)
+    cm.set_system("You are a clock that never stops.")
+    endless = {
+        "logit_bias": dict.fromkeys((t for t in range(640) if cm.vocab.is_eog(t)), -math.inf),
+        "temperature": 1.0,
+    }
+    pool = Pool(cm, prefill_share=1.0)
+    n = 20 * 256 // 8  # all together twenty times what there is room for
+    tickets = [pool.submit(Session(), f"{i}?", max_tokens=n, seed=i, **endless) for i in range(8)]
+    n_steps = 0
+    while pool.step():
+        n_steps += 1
+        if n_steps % 500 == 0:
+            cm.check_integrity()
+        assert n_steps < 20 * n
+    assert [ticket.result().n_generated for ticket in tickets] == [n] * 8
+    assert cm.stats().n_evictions > 0
+    assert pool.stats().n_preemptions > 0
+
+
+# -- interrupts
+
+
+@pytest.mark.parametrize("what", ["before", "half", "after"])
+@pytest.mark.parametrize("kind", ["full", "recurrent"])
+def test_an_interrupt_in_a_decode_is_raised_and_everybody_goes_on(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, kind: str, what: str
+) -> None:
+    name, _ = KINDS[kind]
+    texts = ["One? " * 4, "Two? " * 5, "Three? " * 30]
+    with load(name) as cm:
+        expected = [Engine(cm).chat(Session(), text, max_tokens=10, **GREEDY) for text in texts]
+    cm = load(name, n_batch=64)
+    pool = Pool(cm, prefill_share=1.0)
+    tickets = say(pool, *texts[:2], max_tokens=10, **GREEDY)
+    step_until(pool, lambda: all(t.n_generated > 1 for t in tickets))
+    tickets += say(pool, texts[2], max_tokens=10, **GREEDY)
+    Fault(monkeypatch, LlamaContext, "decode").plant(KeyboardInterrupt(), what, at=2)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run()
+    pool.run()
+    for ticket, reply in zip(tickets, expected, strict=True):
+        assert_as_alone(cm, ticket.session, ticket.result(), reply, name)
+
+
+def test_an_interrupt_anywhere_in_a_step_loses_nobody() -> None:
+    texts = ["1?", "2? " + "x" * 40, "2? " + "x" * 40 + "y"]
+    expected = [alone(text, max_tokens=4, **ENDLESS) for text in texts]
+
+    def start() -> tuple[Pool, list[Ticket]]:
+        pool = Pool(fake(n_ctx=170, n_batch=24, max_sessions=3, radix=False), prefill_share=1.0)
+        tickets = say(pool, *texts, max_tokens=4, **ENDLESS)
+        return pool, tickets
+
+    def act(thing: tuple[Pool, list[Ticket]]) -> None:
+        thing[0].run()
+
+    n_interrupted = 0
+
+    def check(thing: tuple[Pool, list[Ticket]]) -> None:
+        nonlocal n_interrupted
+        pool, tickets = thing
+        pool.run()
+        assert pool._batcher.is_idle
+        assert not pool._batcher._by_session
+        for ticket, tokens in zip(tickets, expected, strict=True):
+            assert not pool.cm.is_held(ticket.session)
+            if isinstance(ticket.error, KeyboardInterrupt):
+                n_interrupted += 1
+                said = ticket.reply.tokens if ticket.reply is not None else ()
+                assert said == tokens[: len(said)]
+            else:
+                assert ticket.result().tokens == tokens
+            roles = [message["role"] for message in ticket.session.messages]
+            assert roles in ([], ["user", "assistant"])
+        pool.cm.check_integrity()
+        pool.cm.close()
+
+    n = interrupted_everywhere(start, act, check, step=15013)
+    assert n > 20
+    assert 0 < n_interrupted < n
+
+
+# -- anything at all
+
+
+Operation = tuple[str, int, int, int]
+OPERATIONS = st.tuples(
+    st.sampled_from(["submit", "submit", "step", "steps", "cancel", "fault", "idle", "release", "pause"]),
+    st.integers(0, 8),
+    st.integers(1, 40),
+    st.integers(-1, 1),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    slots=st.integers(1, 4),
+    n_ctx=st.sampled_from([None, 180, 250, 400]),
+    n_batch=st.sampled_from([3, 16, 64]),
+    radix=st.booleans(),
+    share=st.sampled_from([0.1, 0.5, 1.0]),
+    operations=st.lists(OPERATIONS, min_size=3, max_size=30),
+)
+def test_whatever_comes_everybody_says_what_they_would_have_said_alone(
+    slots: int, n_ctx: int | None, n_batch: int, radix: bool, share: float, operations: list[Operation]
+) -> None:
+    cm = fake(
+        n_ctx=n_ctx or 180 * (slots + 2), n_batch=n_batch, max_sessions=slots, unified=n_ctx is not None, radix=radix
+    )
+    pool = Pool(cm, prefill_share=share, max_waiting=6)
+    tickets: list[Ticket] = []
+    idle: list[Session] = []
+    n_tokens: list[int] = []
+    for what, which, n, priority in operations:
+        running = pool._batcher.running
+        match what:
+            case "submit" if not pool.is_full:
+                text = ("", "a stem of many. " * 3, "b")[which % 3] + "xyz"[which // 3 % 3] * n
+                n_tokens.append(1 + n % 12)
+                tickets += say(pool, text, priority=priority, max_tokens=n_tokens[-1], **ENDLESS)
+            case "step":
+                pool.step()
+            case "steps":
+                for _ in range(n // 2):
+                    pool.step()
+            case "cancel" if tickets:
+                tickets[which % len(tickets)].cancel()
+            case "fault":
+                context_of(cm).codes.append([*CODES, *CODES][which % 10])
+            case "idle":
+                idle.append(said("idle " * which))
+                with suppress(CapacityError, DecodeError):
+                    cm.prepare(idle[-1])
+            case "release" if idle:
+                cm.release(idle.pop())
+            case "pause" if len(running) > 1:
+                pool._batcher._pause(running[which % len(running)])
+        cm.check_integrity()
+    n_steps = 0
+    while pool.step():
+        n_steps += 1
+        assert n_steps < 3000
+    context_of(cm).codes.clear()
+    for ticket, n in zip(tickets, n_tokens, strict=True):
+        if ticket.error is not None:  # a fault that hit it while it was alone
+            assert isinstance(ticket.error, DecodeError | CapacityError), ticket.error
+            continue
+        reply = ticket.result(0.0)
+        if cm.stats().n_evictions or reply.got_nowhere:  # somebody was alone when llama.cpp said that there is no room
+            continue
+        text = ticket.session.messages[0]["content"]
+        whole = alone(text, max_tokens=n, **ENDLESS)
+        assert reply.tokens == whole[: len(reply.tokens)]
+        if not ticket.is_cancelled:
+            assert reply.tokens == whole
+            cm.prepare(ticket.session)
+            assert_exact(cm, ticket.session)
+
+
+# -- what it says of itself
+
+
+def test_stats_and_metrics_are_true() -> None:
+    pool = Pool(fake(max_sessions=2, n_batch=64), prefill_share=1.0)
+    assert pool.stats() == type(pool.stats())(*[0] * 10, *[0.0] * 9)
+    first, second, third = say(pool, "1?", "2? " + "x" * 80, "3?", max_tokens=6, **ENDLESS)
+    pool.step()
+    stats = pool.stats()
+    assert (stats.n_waiting, stats.n_running, stats.n_steps) == (1, 2, 1)
+    assert stats.n_prompt_tokens == 64
+    assert stats.batch_fill == 1.0
+    pool.run()
+    (bad,) = say(pool, "4?", **ENDLESS)
+    (gone,) = say(pool, "5?", **ENDLESS)
+    bad.generation._sampler.sample = lambda *_: 1 / 0  # type: ignore[method-assign]
+    gone.cancel()
+    pool.run()
+    stats = pool.stats()
+    tickets = [first, second, third]
+    assert (stats.n_waiting, stats.n_running, stats.n_paused) == (0, 0, 0)
+    assert (stats.n_done, stats.n_failed, stats.n_cancelled, stats.n_preemptions) == (3, 1, 1, 0)
+    assert stats.n_generated_tokens == sum(ticket.result().n_generated for ticket in tickets) == 18
+    assert bad.reply is not None
+    assert stats.n_prompt_tokens == sum(ticket.result().n_decoded for ticket in tickets) + bad.reply.n_decoded
+    assert stats.batch_fill == pytest.approx((stats.n_prompt_tokens + 15) / (64 * stats.n_steps))
+    assert stats.prompt_tokens_per_s == pytest.approx(stats.n_prompt_tokens / stats.step_seconds)
+    assert stats.generated_tokens_per_s == pytest.approx(18 / stats.step_seconds)
+    assert 0 < stats.between_tokens_p50_s <= stats.between_tokens_p95_s
+    assert 0 < stats.first_token_p50_s <= stats.first_token_p95_s
+    assert third.result().first_token_s <= stats.first_token_p95_s + 1e-3
+    assert stats.own_seconds > 0
+    lines = dict(line.rsplit(" ", 1) for line in pool.metrics().splitlines() if not line.startswith("#"))
+    assert lines["llama_sessions_waiting"] == "0"
+    assert lines["llama_sessions_done_total"] == "3"
+    assert lines["llama_sessions_generated_tokens_total"] == "18"
+    assert float(lines['llama_sessions_first_token_seconds{quantile="0.95"}']) == stats.first_token_p95_s
+    kinds = dict(line.split()[2:4] for line in pool.metrics().splitlines() if line.startswith("# TYPE"))
+    assert {name.split("{")[0] for name in lines} == set(kinds)
+    assert {kinds[name] for name in kinds if name.endswith("_total")} == {"counter"}
+
+
+def test_a_failed_decode_counts_no_tokens() -> None:
+    pool = Pool(fake(), prefill_share=1.0)
+    tickets = say(pool, "1?", "2?", max_tokens=4, **ENDLESS)
+    step_until(pool, lambda: all(t.n_generated for t in tickets))
+    before = pool.stats()
+    context_of(pool.cm).codes.append(-1)
+    pool.step()
+    after = pool.stats()
+    n_tokens = [s.batch_fill * s.n_steps * 64 for s in (before, after)]
+    assert n_tokens[0] == pytest.approx(n_tokens[1])
+    pool.run()
+    assert_alone(tickets, max_tokens=4, **ENDLESS)
+
+
+@pytest.mark.parametrize(("values", "percent", "expected"), [([], 50, 0.0), ([3.0], 95, 3.0), ([2.0, 1.0], 50, 1.0)])
+def test_a_percentile_is_the_value_that_so_many_are_at_or_below(
+    values: list[float], percent: int, expected: float
+) -> None:
+    assert percentile(values, percent) == expected
+    many = list(np.random.default_rng(0).permutation(100).astype(float))
+    assert (percentile(many, 50), percentile(many, 95)) == (49.0, 94.0)

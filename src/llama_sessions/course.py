@@ -52,7 +52,11 @@ class Course:
     def begin_prompt(self) -> None:
         """Plan the prompt; again, where there is more to share by now."""
         begun = self._cm.begin(self.session, holder=self.holder, continue_last=self._continues)
+        self._take_prompt(begun)
+
+    def _take_prompt(self, begun: Pending) -> None:
         self._pending, self._row, self._n_prompt = begun, begun.row, begun.n_tokens
+        self._renewal = None  # of a row that is not under way any more
 
     @property
     def n_generated(self) -> int:
@@ -137,6 +141,9 @@ class Course:
             begun = cm.begin(session, holder=self.holder, continue_last=self._continues, reply=tokens)
         except (ContextOverflow, CapacityError):
             return False
+        if not tokens:
+            self._take_prompt(begun)
+            return True
         self._renewal, self._row = begun, begun.row
         self._n_prompt = begun.n_tokens - len(tokens)
         return True

@@ -199,8 +199,8 @@ class Batcher:
     def _share_stem(self, ticket: Ticket) -> None:
         """Let it wait for whoever is decoding the longest stem that both begin with, and waits for nobody."""
         mine = ticket.generation.pending
-        if mine is None or self.cm.capabilities.keeps_state:
-            return
+        if mine is None or ticket.n_generated or self.cm.capabilities.keeps_state:
+            return  # a reply under way comes back as it was, and is not planned anew
         longest = mine.row.n + _STEM - 1
         for other in self.running:
             theirs = other.generation.pending

@@ -56,7 +56,6 @@ class Course:
 
     def _take_prompt(self, begun: Pending) -> None:
         self._pending, self._row, self._n_prompt = begun, begun.row, begun.n_tokens
-        self._renewal = None  # of a row that is not under way any more
 
     @property
     def n_generated(self) -> int:

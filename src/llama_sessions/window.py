@@ -59,7 +59,7 @@ class Window:
         unreported: list[Message] = []
         if replacements is None:
             # Where all they stood for is deleted they go too, or they would come back in place of something else.
-            stay = among(messages_list, self.out)
+            stay = self.replacements and among(messages_list, self.out)
             replacements = [m for m in self.replacements if id(m) not in leaving] if stay else []
             if reported:
                 unreported = [m for m in self.unreported if id(m) not in leaving]
@@ -98,6 +98,8 @@ class Window:
 
 def among(messages: Sequence[Message], some: Sequence[Message]) -> tuple[Message, ...]:
     """Those of `messages` that are in `some`, by identity: in order, each once."""
+    if not some:
+        return ()
     wanted = _ids(some)
     return tuple({id(m): m for m in messages if id(m) in wanted}.values())
 

@@ -78,6 +78,11 @@ class Bare:
     def trim(self, seq_id: int, p0: int) -> None:
         llama_cpp.llama_memory_seq_rm(self.memory, seq_id, p0, -1)
 
+    def shift_out(self, seq_id: int, p0: int, p1: int) -> None:
+        """Drop `[p0, p1)`, and move up what follows."""
+        llama_cpp.llama_memory_seq_rm(self.memory, seq_id, p0, p1)
+        llama_cpp.llama_memory_seq_add(self.memory, seq_id, p1, -1, p0 - p1)
+
     def sample(self, chain: Any, index: int = -1) -> int:
         return int(llama_cpp.llama_sampler_sample(chain, self.ctx, index))
 

@@ -1,7 +1,6 @@
-"""The invariants of docs/design.md, each under its own name, as far as they are reachable now.
+"""The invariants of docs/design.md, each under its own name.
 
-4 and 5 are about eviction and the cache of saved KV, 9 about saving: their tests come with those. Faults are planted
-in `LlamaContext.decode` and `LlamaMemory`: the layer below which only llama.cpp is left.
+Faults are planted in `LlamaContext.decode` and `LlamaMemory`: the layer below which only llama.cpp is left.
 """
 
 from __future__ import annotations
@@ -255,7 +254,212 @@ def test_3_isolation_from_a_neighbour_that_fills_the_cache(load: Loader) -> None
     assert_exact(cm, session)
 
 
+TURNS = tuple(f"{i} a turn of some length." for i in range(9))
+
+
+def is_shifted(cm: ContextManager) -> bool:
+    return cm.capabilities.can_shift
+
+
+@pytest.mark.parametrize("first", ["child", "parent"])
+def test_3_isolation_of_a_fork_and_its_parent_when_one_evicts_and_then_the_other(
+    cm: ContextManager, first: str
+) -> None:
+    cm.set_system("Be brief.")
+    parent = said(*TURNS)
+    cm.prepare(parent)
+    child = cm.fork(parent)
+    one, other = (child, parent) if first == "child" else (parent, child)
+    before, ids = cm.logits(other).copy(), cm.tokens(other)
+    n_gone = cm.make_room(one, 40)
+    assert (n_gone >= 40) == is_shifted(cm)
+    cm.append(one, 65)
+    np.testing.assert_array_equal(cm.logits(other), before)
+    np.testing.assert_array_equal(cm.tokens(other), ids)
+    cm.append(other, 66)
+    assert_exact(cm, other)
+    rough = cm.logits(one).copy()
+    assert (cm.make_room(other, 40) >= 40) == is_shifted(cm)
+    cm.append(other, 67)
+    np.testing.assert_array_equal(cm.logits(one), rough)
+    for session in (one, other):
+        cm.rebuild(session)
+        assert_exact(cm, session)
+
+
+@pytest.mark.parametrize("overflow", ["shift", "gap"])
+def test_3_isolation_when_the_cache_is_full_and_the_row_wholly_shared(load: Loader, overflow: str) -> None:
+    """A shift needs cells that are not there; a gap needs none."""
+    cm = load(n_ctx=256, max_sessions=3, overflow=overflow)
+    cm.test_oracle = oracle_for(model_path("llama-bpe"))  # type: ignore[attr-defined]
+    parent = said(*TURNS[:5])
+    cm.prepare(parent)
+    child = cm.fork(parent)
+    filler = Session.raw("~" * (256 - cm.stats().n_cells_unique))
+    cm.prepare(filler)
+    assert cm.stats().n_cells_unique == 256
+    for session in (parent, filler):
+        cm.pin(session)
+    before = [cm.logits(session).copy() for session in (parent, filler)]
+    n = child.n_past
+    n_gone = cm.make_room(child, 20)
+    assert n_gone >= 20
+    assert child.n_past == n - n_gone
+    (row,) = [seat.row for session, seat in cm._seats.items() if session is child]
+    assert row.offset == n_gone
+    assert cm._store.n_shifts == 0
+    assert cm.stats().n_cells_unique == 256
+    with pytest.raises(CapacityError):
+        cm.append(child, 65)
+    # An idle row that may be parked makes a shift possible.
+    cm.pin(filler, False)
+    assert (cm.make_room(child, 20) > 0) is True
+    assert bool(row.offset) == (overflow == "gap")
+    cm.append(child, 65)
+    np.testing.assert_array_equal(cm.logits(parent), before[0])
+    cm.append(parent, 66)
+    assert_exact(cm, parent)
+
+
+def test_3_isolation_of_seven_others_that_share_the_prefix_of_one_that_evicts(load: Loader) -> None:
+    cm = load(max_sessions=8)
+    cm.test_oracle = oracle_for(model_path("llama-bpe"))  # type: ignore[attr-defined]
+    n_prefix = cm.set_system("Be brief. Be kind. Be there.")
+    session, others = said(*TURNS), [said(f"I am number {i}.") for i in range(7)]
+    for each in (session, *others):
+        cm.prepare(each)
+    before = [cm.logits(other).copy() for other in others]
+    for _ in range(3):
+        assert cm.make_room(session, 10) >= 10
+        cm.append(session, 65)
+    assert cm._store.n_shifts == 3
+    shared = cells_of(cm, session) & cells_of(cm, others[0])
+    assert n_prefix - 8 <= len(shared) <= n_prefix
+    for other, logits in zip(others, before, strict=True):
+        np.testing.assert_array_equal(cm.logits(other), logits)
+        cm.append(other, 66)
+        assert_exact(cm, other)
+
+
+def test_3_isolation_of_an_untouched_neighbour_where_a_shift_would_scale_every_key(load: Loader) -> None:
+    """YaRN: llama.cpp says that it can shift, and each shift multiplies K in the whole cache."""
+    cm = load("llama-yarn", n_ctx=512)
+    cm.test_oracle = oracle_for(model_path("llama-yarn"))  # type: ignore[attr-defined]
+    neighbour, session = said("I only stand here."), said(*TURNS)
+    cm.prepare(neighbour)
+    cm.prepare(session)
+    for _ in range(4):
+        assert cm.make_room(session, 10) >= 10
+        cm.append(session, 65)
+    assert cm._store.n_shifts == 0
+    cm.append(neighbour, 66)
+    assert_exact(cm, neighbour)
+
+
+# -- 4
+
+
+@pytest.mark.parametrize("overflow", ["shift", "reprefill"])
+def test_4_nothing_said_is_lost_whatever_is_evicted(load: Loader, overflow: str) -> None:
+    cm = load(n_ctx=256, overflow=overflow)
+    session, seen = Session(), []
+    for i in range(12):
+        seen.append(session.add_user(f"{i} What time is it?"))
+        cm.prepare(session)
+        if i > 6:
+            cm.make_room(session, 5)
+        seen.append(session.add_assistant("I do not know. " * 2))
+    texts = [dict(m) for m in seen]
+    assert [id(m) for m in session.messages] == [id(m) for m in seen]
+    assert session.messages == texts
+    assert 0 < len(session.window) < len(seen)
+    assert all(any(m is s for s in seen) for m in session.window)
+    session.reset_window()
+    assert session.window == seen
+
+
+# -- 5
+
+
+def test_5_the_cache_is_exact_nothing_behind_an_eviction_enters_the_shared_tree(load: Loader) -> None:
+    cm = load(n_ctx=512)
+    cm.test_oracle = oracle_for(model_path("llama-bpe"))  # type: ignore[attr-defined]
+    session = said(*TURNS)
+    cm.prepare(session)
+    before = cm.tokens(session)
+    cm.make_room(session, 40)
+    assert cm.stats().radix.n_tokens == len(before)  # saved before anything went
+    cm.append(session, 65)
+    rough = cm.tokens(session)
+    cm.flush(session)
+    cm.fork(session)  # and gone again
+    cm.park(session)
+    cm.logits(session)
+    cm.release(session)
+    assert cm.stats().radix.n_bytes_private == 0
+    assert cm._snapshots.match(None, before).n_tokens == len(before)
+    assert cm._snapshots.match(None, rough).n_tokens <= 4 + len("<|im_start|>")  # the sinks, and no more
+    # Whoever asks for the very tokens of that row decodes them, while it lives and afterwards.
+    for keeps in (True, False):
+        other, again = said(*TURNS), said(*TURNS[2:])
+        cm.prepare(other)
+        cm.make_room(other, 40)
+        if not keeps:
+            cm.release(other)
+        cm.prepare(again)
+        assert_exact(cm, again)
+        cm.release(again)
+        cm.release(other)
+
+
+@pytest.mark.parametrize("overflow", ["shift", "gap"])
+def test_5_the_cache_is_exact_a_parked_approximate_row_is_its_own_sessions_alone(load: Loader, overflow: str) -> None:
+    """Beside a twin that was not parked: the same logits, token after token."""
+    cm = load(n_ctx=512, overflow=overflow)
+    cm.test_oracle = oracle_for(model_path("llama-bpe"))  # type: ignore[attr-defined]
+    session = said(*TURNS)
+    cm.prepare(session)
+    assert cm.make_room(session, 40) >= 40
+    cm.append(session, 65)
+    twin = cm.fork(session)
+    tokens = cm.tokens(session)
+    cm.park(session)
+    other = said(*TURNS[2:])
+    cm.prepare(other)
+    assert_exact(cm, other)
+    for token in (66, 67, 68):
+        for each in (session, twin):
+            cm.append(each, token)
+        worst = float(np.abs(cm.logits(session) - cm.logits(twin)).max())
+        assert worst <= 2 * oracle_of(cm).model_spread
+    np.testing.assert_array_equal(cm.tokens(session), [*tokens, 66, 67, 68])
+    np.testing.assert_array_equal(cm.tokens(twin), cm.tokens(session))
+    cm.clear_radix()
+    cm.park(twin)
+    cm.clear_radix()  # what one parked session alone owns stays
+    cm.append(twin, 69)
+    cm.append(session, 69)
+    assert float(np.abs(cm.logits(session) - cm.logits(twin)).max()) <= 2 * oracle_of(cm).model_spread
+
+
 # -- 6
+
+
+def test_6_no_silent_cut_what_cannot_be_evicted_is_an_error_with_numbers(load: Loader) -> None:
+    cm = load(n_ctx=256, max_sessions=2)
+    session = said(*TURNS, "~" * 180)
+    session.messages[-1]["role"] = "user"
+    for i in range(5):
+        session.pin_message(i)
+    with pytest.raises(ContextOverflow) as e:
+        cm.prepare(session)
+    assert e.value.needed == cm.preview(session).n_tokens > e.value.available == 256
+    assert session.window == session.messages
+    assert session.n_past == 0
+    for i in range(5):
+        session.pin_message(i, on=False)
+    assert cm.prepare(session) <= 256
+    assert session.window == session.messages[-1:]
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "gemma3", "hybrid"])
@@ -581,6 +785,62 @@ def test_8_no_abort_no_sequence_id_position_or_batch_of_ours_reaches_an_assert()
         assert memory.pos_max(1) == 7
         print("all refused")
     """)
+
+
+# -- 9
+
+
+@pytest.mark.parametrize("deed", ["flush", "park", "release", "fork and park", "restore", "another's cut"])
+def test_9_no_save_and_no_restore_while_a_shift_is_pending(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, deed: str
+) -> None:
+    cm = load(n_ctx=512)
+    cm.test_oracle = oracle_for(model_path("llama-bpe"))  # type: ignore[attr-defined]
+    neighbour = said(*TURNS[:3], "Another one.")
+    cm.prepare(neighbour)
+    session, twin = said(*TURNS), said(*TURNS)
+    cm.prepare(session)
+    cm.park(neighbour)
+    for each in (session, twin):
+        cm.prepare(each)
+        assert cm.make_room(each, 40) >= 40
+        if each is twin:
+            cm.append(each, 65)
+    assert cm.make_room(session, 10) >= 10
+    assert cm.make_room(twin, 10) >= 10
+    assert cm._store.is_pending
+    for name in ("save_state", "load_state"):
+        real = getattr(LlamaContext, name)
+
+        def checked(this: LlamaContext, *args: Any, real: Any = real) -> Any:
+            assert not cm._store.is_pending
+            return real(this, *args)
+
+        monkeypatch.setattr(LlamaContext, name, checked)
+    if deed == "flush":
+        cm.flush(session)
+    elif deed == "release":
+        cm.release(twin)
+    elif deed == "restore":
+        cm.prepare(neighbour)
+        assert_exact(cm, neighbour)
+    elif deed == "another's cut":
+        assert cm.make_room(cm.fork(neighbour), 5) >= 5
+    elif deed == "fork and park":
+        child = cm.fork(session)
+        cm.park(child)
+        cm.park(session)
+        cm.append(child, 66)
+        cm.append(session, 66)
+        assert float(np.abs(cm.logits(session) - cm.logits(child)).max()) <= 2 * oracle_of(cm).model_spread
+    else:
+        cm.park(session)
+        cm.append(session, 66)
+    other = said(*TURNS)
+    cm.prepare(other)
+    assert_exact(cm, other)
+    cm.append(neighbour, 66)
+    assert_exact(cm, neighbour)
 
 
 # -- 10

@@ -3,7 +3,7 @@ go, or its window to begin anew."""
 
 from __future__ import annotations
 
-from .errors import CapacityError, ContextOverflow, StateError
+from .errors import CapacityError, ContextOverflow, SnapshotError, StateError
 from .kv.row import Row
 from .manager import ContextManager
 from .pending import NextToken, Pending, PromptChunk, Work
@@ -122,22 +122,43 @@ class Course:
         return self._cm.n_room(self.session) > 0 or self.makes_room()
 
     def gives_way(self) -> bool:
-        """`makes_room` when cells have run out: once a token, or it might go on for nothing."""
-        n = len(self.tokens)
+        """Whether something of the session's past could go, as cells have run out.
+
+        A quarter of what it has, and not as much as it could do without: of several that come to the end of the cells
+        in turn none is to be left with nothing. What others hold as well frees no cell, so this may be asked again.
+        """
+        n, row = len(self.tokens), self._row
+        if not n or row is None:
+            return False
+        n_needed = max(1, row.n // 4)
+        if self._cuts(n_needed):
+            return True
         again, self._n_at_way = self._n_at_way == n, n
-        return not again and self.makes_room()
+        # Anew it takes cells of its own for what it shared, so it may have to be shorter still.
+        return not again and any(self._begins_anew(row.n - gone) for gone in (n_needed, row.n // 2, row.n))
 
     def makes_room(self) -> bool:
         """Whether something of the session's past could go: out of the row, or else in a window that begins anew, with
         the reply so far in it. Many tokens at once, as that is dear."""
-        cm, session, tokens = self._cm, self.session, self.tokens
         most = self._most or 0
-        n_gone = cm.make_room(session, max(1, min(cm.headroom, most // 8) or most // 8), holder=self.holder)
-        if n_gone:
-            self._n_prompt -= n_gone
-            return True
+        n_needed = max(1, min(self._cm.headroom, most // 8) or most // 8)
+        return self._cuts(n_needed) or self._begins_anew(most - n_needed)
+
+    def _cuts(self, n_needed: int) -> bool:
         try:
-            begun = cm.begin(session, holder=self.holder, continue_last=self._continues, reply=tokens)
+            n_gone = self._cm.make_room(self.session, n_needed, holder=self.holder)
+        except SnapshotError:  # the row was lost on the way: it begins anew
+            return False
+        self._n_prompt -= n_gone
+        return n_gone > 0
+
+    def _begins_anew(self, n_most: int) -> bool:
+        """Whether the reply so far could go on behind a new prompt, both together not longer than `n_most`."""
+        tokens, n_free = self.tokens, (self._most or 0) - n_most
+        try:
+            begun = self._cm.begin(
+                self.session, holder=self.holder, continue_last=self._continues, reply=tokens, n_free=n_free
+            )
         except (ContextOverflow, CapacityError):
             return False
         if not tokens:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,15 +12,15 @@ import numpy.typing as npt
 from .errors import CapacityError
 from .hooks import Hooks
 from .kv.alignment import Alignment, Ranges, ranges_of, without
-from .kv.holes import Holes
-from .kv.row import Row, common_prefix
+from .kv.holes import Cut, Holes
+from .kv.row import Row, common_prefix, end_of
 from .kv.store import RowStore
 from .layout import Layout, Part
 from .notice import Notice
 from .options import ManagerOptions
 from .prompts import Conversation, Prompter
 from .render import Rendered
-from .seats import Seat
+from .seats import Prompt, Seat
 from .session import Session
 from .stretches import NO_TOKENS
 from .types import Message, TokenArray
@@ -74,6 +73,7 @@ class Asking:
     n_reply_cut: int = 0
     n_evicted: int = 0
     gone: tuple[Message, ...] = ()  # since the hook was asked last
+    fresh: tuple[Message, ...] = ()  # what it answered then
     dropped: tuple[Message, ...] = ()  # messages of the session, in all
 
 
@@ -85,7 +85,7 @@ class Evictor:
         self._prompter = prompter
         self._hooks = hooks
         self._holes = Holes(store)
-        self._n_sink = options.n_sink
+        self._n_sink = options.n_sink_for(store.caps.n_ctx_seq)
         self._overflow = options.overflow
         self._strategy = options.eviction
         self._whole_turns = options.eviction == "fifo"
@@ -97,21 +97,26 @@ class Evictor:
 
     def n_sink(self, session: Session) -> int:
         """Tokens behind the system text that stay; may call the `sink_fn` hook."""
-        return self._hooks.n_sink(session, self._n_sink)
+        return self._hooks.n_sink(session, self._n_sink, self._store.caps.n_ctx_seq - 1)
 
-    def report(self, asking: Asking, session: Session) -> Asking:
+    def report(self, asking: Asking, session: Session, *, asks_hook: bool = True) -> Asking:
         """Hand what went to `on_evict`, and look at the conversation through the new window."""
         window, gone = asking.window, list(asking.gone)
+        if not gone and not self.has_to_report(session):
+            return asking
         dropped = [*asking.dropped, *(m for m in gone if not _is_in(m, window.replacements))]
+        fresh: Sequence[Message] = ()
         if self._hooks.watches_evictions:
             handed = [*window.replacements, *window.unreported]
             handed += [m for m in gone if not _is_in(m, handed)]
-            replacements = self._hooks.on_evict(handed, session)
-            window = window.without(session.messages, gone, reported=True, replacements=replacements)
+            fresh = self._hooks.on_evict(handed, session) if asks_hook else ()
+            window = window.without(session.messages, gone, reported=True, replacements=fresh)
         else:
             window = window.without(session.messages, gone, reported=True)
         conversation = self._prompter.conversation(session, window, continue_last=asking.conversation.continue_last)
-        return replace(asking, window=window, conversation=conversation, gone=(), dropped=tuple(dropped))
+        return replace(
+            asking, window=window, conversation=conversation, gone=(), fresh=tuple(fresh), dropped=tuple(dropped)
+        )
 
     def has_to_report(self, session: Session) -> bool:
         """Whether `make_room` dropped what a hook wants to hear of."""
@@ -119,23 +124,33 @@ class Evictor:
 
     # -- what is wanted
 
-    def layout(self, asking: Asking, rendered: Rendered, seat: Seat | None) -> tuple[Layout, Asking]:
-        """How the row will lie in the prompt."""
+    def layout(
+        self, session: Session, asking: Asking, rendered: Rendered, row: Row | None, prompt: Prompt
+    ) -> tuple[Layout, Asking]:
+        """How the row will lie in the prompt. `row`: what the session has, asked for `prompt` last."""
         whole = np.concatenate([rendered.tokens, asking.reply]) if len(asking.reply) else rendered.tokens
         n = len(rendered.tokens)
-        expected = asking.expected
+        straight = Layout(Alignment.straight(whole), n)
+        if row is not None and row.namespace != session.namespace:
+            row = None
+        expected, kept = asking.expected, asking.kept
         if expected is not None:
-            if np.array_equal(whole, expected.alignment.whole):
+            is_there = kept is None or (row is not None and bool(kept.holes(row)))
+            if is_there and np.array_equal(whole, expected.alignment.whole):
                 return expected, asking
-            # The template wrote something else, or there are replacements: what follows is decoded anew.
-            alignment = Alignment.straight(whole)
+            # The template wrote something else, there are replacements, or the row went: what follows is decoded anew.
             if asking.n_reply_cut:
-                alignment = alignment.cut_out([(n, n + asking.n_reply_cut)])
-            asking = replace(asking, kept=None)
-        elif seat is not None and seat.prompt.layout is not None and not asking.anew:
-            alignment = self._of_row(seat.prompt.layout, seat.row).alignment.followed_by(whole)
-        else:
-            alignment = Alignment.straight(whole)
+                straight = replace(straight, alignment=straight.alignment.cut_out([(n, n + asking.n_reply_cut)]))
+            return straight, replace(asking, kept=None)
+        if row is None or prompt.layout is None or asking.anew or asking.fresh:
+            return straight, asking
+        alignment = self._of_row(prompt.layout, row).alignment.followed_by(whole)
+        n_tokens = len(alignment.tokens)
+        caps = self._store.caps
+        n_end = row.offset + n_tokens + min(asking.headroom, max(0, caps.n_ctx_seq - n_tokens))
+        runs_out = row.offset > 0 and n_end > caps.n_ctx_train
+        if runs_out or (self._n_over(asking, n_tokens) and not self.ways(row)):
+            return straight, asking
         return Layout(alignment, n), asking
 
     @staticmethod
@@ -151,41 +166,77 @@ class Evictor:
             for owner, message, span in zip(conversation.owners, conversation.messages, spans, strict=True)
         )
 
-    def limit(self, asking: Asking) -> int | None:
-        """Tokens above which something has to go; None: nothing ever has to."""
+    def _n_over(self, asking: Asking, n_tokens: int) -> int:
+        """How many of so many tokens have to go."""
         most = self._store.caps.n_row_max
-        return None if most is None else most - asking.headroom
+        return 0 if most is None else max(0, n_tokens - (most - asking.headroom))
 
-    def narrowed(self, session: Session, asking: Asking, rendered: Rendered, layout: Layout) -> Asking | None:
+    def narrowed(
+        self, session: Session, asking: Asking, rendered: Rendered, layout: Layout, row: Row | None
+    ) -> Asking | None:
         """What is asked once enough has gone to fit; None where nothing can go."""
-        limit = self.limit(asking)
-        n = len(layout.alignment.tokens)
-        if limit is None or n <= limit:
+        n_needed = self._n_over(asking, len(layout.alignment.tokens))
+        if not n_needed:
             return None
         layout = replace(layout, parts=self._parts(asking.conversation, rendered))
-        n_needed = n - limit
-        if self._hooks.watches_evictions and asking.window.replacements:
-            # They go in any case, and something of about their length comes back.
-            n_needed += layout.n_tokens_of(asking.window.replacements)
-        ranges, gone = self._choose(session, layout, n_needed, asking.n_sink, anew=asking.anew)
-        if not ranges:
+        kept = self._kept(session, asking, layout, n_needed, row)
+        if kept is not None:
+            return kept
+        # Where the row does not go on behind a hole, all that follows is decoded anew.
+        if asking.expected is None:
+            layout = replace(layout, alignment=Alignment.straight(layout.alignment.whole))
+            n_needed = self._n_over(asking, len(layout.alignment.whole))
+            if not n_needed:  # there were more sinks than holes
+                return replace(asking, expected=layout)
+        ranges, gone = self._choose(session, asking, layout, n_needed, anew=True)
+        return self._without(asking, layout, ranges, gone, None)
+
+    def _kept(self, session: Session, asking: Asking, layout: Layout, n_needed: int, row: Row | None) -> Asking | None:
+        """What is asked if holes can be cut into the row; None where they cannot."""
+        kept, n = asking.kept, len(layout.alignment.tokens)
+        if asking.expected is None and not asking.anew:
+            kept = Kept(layout.alignment.tokens, np.arange(n))
+        if row is None or kept is None or row.namespace != session.namespace or not self.ways(row):
             return None
-        stays = without(ranges, n)
-        first = asking.kept if asking.expected is not None else Kept(layout.alignment.tokens, np.arange(n))
+        ranges, gone = self._choose(session, asking, layout, n_needed, anew=False)
+        left = Kept(kept.tokens, kept.which[without(ranges, n)])
+        holes = left.holes(row)
+        n_stays = len(left.which)
+        n_more = n_stays - left.n_left(row) + min(asking.headroom, max(0, self._store.caps.n_ctx_seq - n_stays))
+        if not holes or not self._ways_through(row, left.n_of(row), holes, n_more):
+            return None
+        return self._without(asking, layout, ranges, gone, left)
+
+    def _without(
+        self, asking: Asking, layout: Layout, ranges: Ranges, gone: Sequence[int], kept: Kept | None
+    ) -> Asking | None:
+        """What is asked when these ranges and parts go; None where that gets nowhere."""
+        leaving = tuple(m for i in gone if (m := layout.parts[i].message) is not None)
+        if not ranges or (leaving and all(_is_in(m, asking.fresh) for m in leaving)):
+            return None
+        goes = ~without(ranges, len(layout.alignment.tokens))
         reply0, reply1 = layout.reply
         return replace(
             asking,
             expected=layout.without(ranges, gone),
-            kept=None if first is None or asking.anew else Kept(first.tokens, first.which[stays]),
-            n_reply_cut=asking.n_reply_cut + int((~stays[reply0:reply1]).sum()),
-            n_evicted=asking.n_evicted + int((~stays).sum()),
-            gone=tuple(m for i in gone if (m := layout.parts[i].message) is not None),
+            kept=kept,
+            n_reply_cut=asking.n_reply_cut + int(goes[reply0:reply1].sum()),
+            n_evicted=asking.n_evicted + int(goes.sum()),
+            gone=leaving,
         )
 
     def _choose(
-        self, session: Session, layout: Layout, n_needed: int, n_sink: int, *, anew: bool
+        self, session: Session, asking: Asking, layout: Layout, n_needed: int, *, anew: bool
     ) -> tuple[Ranges, list[int]]:
         """The ranges of the row that go, and the numbers of the parts that go with them."""
+        if self._hooks.watches_evictions:
+            # They go in any case, and something of about their length comes back.
+            n_needed += layout.n_tokens_of(asking.window.replacements)
+        return self._chosen(session, layout, n_needed, asking.n_sink, anew=anew)
+
+    def _chosen(
+        self, session: Session, layout: Layout, n_needed: int, n_sink: int, *, anew: bool
+    ) -> tuple[Ranges, list[int]]:
         from .kv.eviction import STRATEGIES, plan_eviction  # here: most programs never get as far
 
         pinned = {id(m) for m in session.pinned_messages()}
@@ -215,30 +266,48 @@ class Evictor:
         order = {"shift": ("shift", "gap"), "gap": ("gap",), "reprefill": ()}[self._overflow]
         return [way for way in order if possible[way]]
 
-    def cut_out(self, row: Row, holes: Ranges, make_way: Callable[[], bool]) -> bool:
-        """Take `holes` out of a row in the best way there is; False: in none, and the row is as it was, or ends at the
-        first hole. `make_way` parks idle sessions so that what follows the first hole has room once more."""
-        ways = self.ways(row)
-        if ways[:1] == ["shift"] and not self._holes.can_shift(row, holes):
-            with suppress(CapacityError):
-                make_way()
-            if not self._holes.can_shift(row, holes):
-                ways = ways[1:]
-        way = ways[0] if ways else "reprefill"
+    def _ways_through(self, row: Row, n: int, holes: Ranges, n_more: int) -> list[str]:
+        """The same for these holes in the row's first `n` tokens, with `n_more` to come behind them."""
+        ways = [w for w in self.ways(row) if self._holes.is_possible(row, n, holes, shift=w == "shift")]
+        runs_out = end_of(row.jumps, n) + n_more > self._store.caps.n_ctx_train
+        return [w for w in ways if w != "gap" or not runs_out]
+
+    def cut_out(self, row: Row, holes: Ranges, n_more: int, make_way: Callable[[Cut], object]) -> bool:
+        """Take `holes` out of a row in the best way there is, so that `n_more` tokens have cells; False: in none, and
+        the row is as it was, or ends at the first hole. `make_way` parks idle sessions for what a way needs."""
+        ways = self._ways_through(row, row.n, holes, n_more)
+        way = next((way for way in ways if self._is_open(way, row, holes, n_more, make_way)), "reprefill")
         if way != self._overflow:
-            why = self._store.caps.shift_refused_because or "there are no free cells to make shared ones its own"
+            why = "there are no free cells to make shared ones its own"
+            if self._overflow not in ways:
+                why = self._store.caps.shift_refused_because or "the memory, or the trained length, does not allow it"
             self._instead.say(logger, "overflow=%r cannot be had (%s): %r instead", self._overflow, why, way)
         return way != "reprefill" and self._holes.cut_out(row, holes, shift=way == "shift")
 
+    def _is_open(self, way: str, row: Row, holes: Ranges, n_more: int, make_way: Callable[[Cut], object]) -> bool:
+        """Whether a way can be gone now; makes cells for it."""
+        cut = self._holes.demand(row, holes, n_more, shift=way == "shift")
+        try:
+            make_way(cut)
+        except CapacityError:
+            return False
+        return not cut.n_to_copy or self._holes.can_copy()
+
     def room_in(self, session: Session, seat: Seat, n_needed: int, n_sink: int) -> tuple[Ranges, Layout, list[int]]:
         """What goes from a row so that `n_needed` tokens are free in it: ranges, how it lies then, the parts gone."""
-        prompt = seat.prompt
-        n = 0 if prompt.rendered is None else len(prompt.rendered.tokens)
-        layout = prompt.layout or Layout(Alignment.straight(seat.row.tokens[:n].copy()), n)
-        if not layout.parts and prompt.rendered is not None and prompt.conversation is not None:
-            layout = replace(layout, parts=self._parts(prompt.conversation, prompt.rendered))
-        layout = self._of_row(layout, seat.row)
-        ranges, gone = self._choose(session, layout, n_needed, n_sink, anew=False)
+        prompt, row = seat.prompt, seat.row
+        rendered, conversation, layout = prompt.rendered, prompt.conversation, prompt.layout
+        if rendered is None or conversation is None:
+            return (), Layout(Alignment.straight(row.tokens), 0), []
+        if layout is None:
+            layout = Layout(Alignment.straight(rendered.tokens), len(rendered.tokens))
+        if not layout.parts:
+            layout = replace(layout, parts=self._parts(conversation, rendered))
+        n = min(row.n, len(layout.alignment.tokens))
+        if not np.array_equal(row.tokens[:n], layout.alignment.tokens[:n]):
+            return (), layout, []  # an interrupt came when it had been cut, and before that was noted
+        layout = self._of_row(layout, row)
+        ranges, gone = self._chosen(session, layout, n_needed, n_sink, anew=False)
         return ranges, layout, gone
 
     def count(self, n_tokens: int) -> None:

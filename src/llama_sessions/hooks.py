@@ -60,10 +60,10 @@ class Hooks:
             seen.append((message if original is None or original != message else original, original))
         return seen
 
-    def n_sink(self, session: Session, default: int) -> int:
+    def n_sink(self, session: Session, default: int, most: int) -> int:
         """Tokens behind the system text that an eviction leaves in the row."""
         hook = self._hooks.get("sink_fn")
-        return default if hook is None else checked_int("what the sink_fn hook returns", hook(session), 0)
+        return default if hook is None else checked_int("what the sink_fn hook returns", hook(session), 0, most)
 
     def on_evict(self, dropped: list[Message], session: Session) -> list[Message]:
         """What is to stand for the messages that go; the hook gets the session's own dicts."""

@@ -42,7 +42,7 @@ class Layout:
     @property
     def n_head(self) -> int:
         """Tokens of the row before the first message, system text included."""
-        first = next((part for part in self.parts if part.role != "system"), None)
+        first = next((part for part in self.parts if part.role != "system" or part.message is not None), None)
         n = len(self.alignment.tokens) if first is None else self.alignment.place(first.p0, first.p1)[0]
         while n and self.alignment.source[n - 1] < 0:  # sinks of messages that went before
             n -= 1
@@ -62,7 +62,8 @@ class Layout:
         kept = {turn for turn, part in zip(turns, self.parts, strict=True) if id(part.message) in pinned}
         pieces = []
         for i, part in enumerate(self.parts):
-            stays = part.message is None or turns[i] in kept
+            # The last one is what is to be answered, or to go on, whoever said it.
+            stays = part.message is None or turns[i] in kept or i == len(self.parts) - 1
             pieces.append(Piece(i, part.role, *self.alignment.place(part.p0, part.p1), stays))
         return Eviction(n_needed, len(self.alignment.tokens), n_kept, tuple(pieces))
 

@@ -179,6 +179,10 @@ class ManagerOptions:
             return min(256, n_ctx_seq // 4)
         return checked_int("headroom", self.headroom, 0, n_ctx_seq - 1)
 
+    def n_sink_for(self, n_ctx_seq: int) -> int:
+        """Tokens behind the system text that an eviction leaves in the row."""
+        return checked_int("n_sink", self.n_sink, 0, n_ctx_seq - 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:

@@ -8,8 +8,10 @@ import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from .errors import NoFreeSlot, OptionError
-from .kv.plan import Plan
+import numpy as np
+
+from .errors import CapacityError, NoFreeSlot, OptionError
+from .kv.plan import Demand, Plan
 from .kv.row import Jumps, Row
 from .kv.slots import Slots
 from .kv.snapshot import Snapshots
@@ -35,6 +37,15 @@ class Parked:
     namespace: str | None = None
     n_exact: int = 0
     jumps: Jumps = ()
+
+    def as_row(self) -> Row:
+        """A row like the one it was, for who only asks: no sequence has it."""
+        row = Row(-1, self.namespace)
+        row.write(0, self.tokens, np.zeros(len(self.tokens), np.int64))
+        row.n = len(self.tokens)
+        row.set_jumps(self.jumps)
+        row.mark_approximate(self.n_exact)
+        return row
 
 
 class Parking:
@@ -108,6 +119,21 @@ class Parking:
             self._snapshots.drop_private(owner)
             self._private.discard(owner)
 
+    def can_return(self, session: Session, parked: Parked, but: Collection[Session] = ()) -> bool:
+        """Whether a session was parked with a row that nobody can compute again, and there is room for that as it was;
+        asks only."""
+        if (
+            parked.owner is None
+            or session.namespace != parked.namespace
+            or not self._snapshots.has_private(parked.owner)
+        ):
+            return False
+        try:
+            self.who_goes(Plan(len(parked.tokens), 0), with_slot=True, but=but)
+        except CapacityError:
+            return False
+        return True
+
     def restore(self, session: Session, parked: Parked, but: Collection[Session] = ()) -> Seat:
         """A seat whose row is as it was, or, where that is not kept, empty."""
         self.make_way(Plan(len(parked.tokens), 0), with_slot=True, but=but)
@@ -127,7 +153,7 @@ class Parking:
         return parked is not None
 
     def who_goes(
-        self, plan: Plan, row: Row | None = None, *, with_slot: bool = False, but: Collection[Session] = ()
+        self, plan: Demand, row: Row | None = None, *, with_slot: bool = False, but: Collection[Session] = ()
     ) -> list[tuple[Session, Seat]]:
         """Whom to park so that there are the cells for a plan on `row`, and a slot; asks only.
 
@@ -150,7 +176,7 @@ class Parking:
         return idle[:n]
 
     def make_way(
-        self, plan: Plan, row: Row | None = None, *, with_slot: bool = False, but: Collection[Session] = ()
+        self, plan: Demand, row: Row | None = None, *, with_slot: bool = False, but: Collection[Session] = ()
     ) -> bool:
         """Park the least recently used for a plan; whether rows went. Raises as `who_goes`, and parks nobody then."""
         reclaimed = self._seats.reclaim()  # rows that an interrupt left to nobody go first

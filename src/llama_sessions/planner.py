@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from .errors import ContextOverflow
-from .kv.plan import Cached, Plan, Source, Wanted, make_plan
+from .kv.plan import Cached, Plan, Share, Source, Wanted, make_plan
 from .kv.prefix import Prefix
-from .kv.row import Row
+from .kv.row import Row, common_prefix
 from .kv.store import RowStore
 from .seats import Seats
 from .types import TokenArray
@@ -63,6 +63,14 @@ class Planner:
         headroom = min(headroom, store.caps.n_ctx_seq - len(tokens))
         fits = store.caps.n_ctx_train >= row.offset + len(tokens) + headroom
         return anew if exactly or not fits or anew.n_decode <= plan.n_decode else plan
+
+    def of_prefix(self, row: Row) -> Share | None:
+        """What a row has in common with the system prompt."""
+        prefix = self._prefix.row
+        if prefix is None or prefix.suspect is not None:
+            return None
+        n = common_prefix(prefix.tokens, row.tokens[: row.n_exact])
+        return Share("prefix", prefix.seq_id, 0, n) if n else None
 
 
 def check_length(store: RowStore, n: int, what: str) -> None:

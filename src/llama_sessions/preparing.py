@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from .errors import CapacityError, SnapshotError
 from .evicting import Asking, Evictor, Kept
+from .kv.holes import Cut
 from .kv.plan import Plan
 from .kv.prefix import Prefix
+from .kv.row import Row, common_prefix
 from .kv.snapshot import Snapshots
 from .kv.store import RowStore
 from .parking import Parked, Parking
@@ -71,16 +73,18 @@ class Preparer:
         seat = self._true_seat(session, holder)
         if seat is None:
             seat = self._returned(session)
+        row, prompt = (None, Prompt()) if seat is None else (seat.row, seat.prompt)
         conversation = asking.conversation
-        rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.prompt.rendered)
-        layout, asking = self._evictor.layout(asking, rendered, seat)
-        narrowed = self._evictor.narrowed(session, asking, rendered, layout)
+        rendered = self._prompter.rendered(session, conversation, prompt.rendered)
+        layout, asking = self._evictor.layout(session, asking, rendered, row, prompt)
+        narrowed = self._evictor.narrowed(session, asking, rendered, layout, row)
         if narrowed is not None:
             return narrowed
         tokens = layout.alignment.tokens
         check_length(self._store, len(tokens), "the conversation")
-        if asking.kept is not None and seat is not None:
-            self._cut_out(session, seat, asking.kept, len(tokens))
+        if asking.kept is not None and row is not None and not self._cut_out(session, row, asking.kept, len(tokens)):
+            # It cannot be cut as it was to be: what stays is decoded anew.
+            return self.begin(session, replace(asking, anew=True, expected=None, kept=None), holder)
         bent = None if layout.alignment.is_straight else layout
         prompt = Prompt(len(tokens), rendered, said_in(session, conversation), conversation, bent)
         pending = self._start(session, tokens, prompt, not conversation.is_empty, holder, started, asking=asking)
@@ -93,24 +97,28 @@ class Preparer:
     def _returned(self, session: Session) -> Seat | None:
         """The seat of a session that was parked with a row that nobody can compute again."""
         parked = self._parking.get(session)
-        if parked is None or parked.owner is None or session.namespace != parked.namespace:
+        if parked is None or not self._parking.can_return(session, parked, but=(session,)):
             return None
-        return self._parking.restore(session, parked, but=(session,))
+        return self._restored(session, parked, but=(session,))
 
-    def _cut_out(self, session: Session, seat: Seat, kept: Kept, n_tokens: int) -> None:
-        """Bring the row to what is kept of it, if there is room for what that and the new tokens take."""
-        row = seat.row
-        holes = kept.holes(row)
-        if not holes or row.namespace != session.namespace:
-            return
-        anew = Plan(n_tokens, holes[0][0])  # all that follows the first hole in cells of its own: what a shift needs
-        try:
-            self._parking.who_goes(anew, row, but=(session,))
-        except CapacityError:
-            return
+    def _restored(self, session: Session, parked: Parked, but: Sequence[Session]) -> Seat:
+        """The same, with the cells of the system prompt in common once more."""
+        seat = self._parking.restore(session, parked, but=but)
+        again = self._planner.of_prefix(seat.row)
+        if again is not None:
+            self._store.share_again(again, seat.row)
+        return seat
+
+    def _cut_out(self, session: Session, row: Row, kept: Kept, n_tokens: int) -> bool:
+        """Bring the row to what is kept of it, if that can be, with cells for the `n_tokens` that it is to have."""
+        n_more = n_tokens - kept.n_left(row)
         self._snapshots.keep(row)
         self._store.cut(row, kept.n_of(row))
-        self._evictor.cut_out(row, holes, lambda: self._parking.make_way(anew, row, but=(session,)))
+        holes = kept.holes(row)
+        return bool(holes) and self._evictor.cut_out(row, holes, n_more, self._way_for(session, row))
+
+    def _way_for(self, session: Session, row: Row) -> Callable[[Cut], object]:
+        return lambda cut: self._parking.make_way(cut, row, but=(session,))
 
     def make_room(self, session: Session, seat: Seat, n_needed: int, n_sink: int) -> int:
         """Take tokens out of the middle of a row, and the messages they were out of the window; how many went."""
@@ -124,8 +132,7 @@ class Preparer:
             return 0
         n_gone = sum(p1 - p0 for p0, p1 in ranges)
         self._snapshots.keep(row)
-        anew = Plan(n - n_gone, ranges[0][0])
-        done = self._evictor.cut_out(row, ranges, lambda: self._parking.make_way(anew, row, but=(session,)))
+        done = self._evictor.cut_out(row, ranges, 0, self._way_for(session, row))
         if row.n == n:
             return 0
         session.n_past = row.n
@@ -151,7 +158,7 @@ class Preparer:
         started = time.perf_counter()
         but = (session, *but)
         if self._seats.get(session, holder) is None and parked.owner is not None:
-            self._parking.restore(session, parked, but=but)
+            self._restored(session, parked, but)
         is_back = partial(self._is_back, session, parked.prompt)
         prompt, tokens = parked.prompt, parked.tokens
         return self._start(session, tokens, prompt, wants_logits, holder, started, but=but, on_return=is_back)
@@ -298,26 +305,35 @@ class Preparer:
             stretches.append(Stretch("cache", seat.row.n - n_more, seat.row.n, restored - started))
         return n
 
-    def preview(self, session: Session, asking: Asking) -> Preview:
-        """What `begin` and its steps would do, without what an `on_evict` hook might put in; changes nothing."""
+    def preview(self, session: Session, asking: Asking) -> Preview | Asking:
+        """What `begin` and its steps would do; changes nothing. What is too long comes back as what is to be asked
+        next."""
         seat = self._seats.get(session, reading=True)
+        row, prompt = (None, Prompt()) if seat is None else (seat.row, seat.prompt)
+        parked = self._parking.get(session)
+        if seat is None and parked is not None and self._parking.can_return(session, parked, but=(session,)):
+            row, prompt = parked.as_row(), parked.prompt
         conversation = asking.conversation
-        rendered = self._prompter.rendered(session, conversation, None if seat is None else seat.prompt.rendered)
-        layout, asking = self._evictor.layout(asking, rendered, seat)
-        n_reused = None
-        narrowed = self._evictor.narrowed(session, asking, rendered, layout)
-        if narrowed is not None and narrowed.expected is not None:
-            layout = narrowed.expected
-            kept = narrowed.kept
-            if kept is not None and seat is not None and self._evictor.ways(seat.row) and kept.holes(seat.row):
-                n_reused = kept.n_left(seat.row)
+        rendered = self._prompter.rendered(session, conversation, prompt.rendered)
+        layout, asking = self._evictor.layout(session, asking, rendered, row, prompt)
+        narrowed = self._evictor.narrowed(session, asking, rendered, layout, row)
+        if narrowed is not None:
+            return narrowed
+        n_evicted = asking.n_evicted
+        n_left = 0 if asking.kept is None or row is None else asking.kept.n_left(row)
         tokens = layout.alignment.tokens
         most, n = self._store.caps.n_row_max, len(tokens)
         n_free = max(0, self._store.caps.n_ctx_seq - n)
-        n_evicted = 0 if narrowed is None else narrowed.n_evicted
         if most is not None and n > most:
             return Preview(n_tokens=n, n_to_decode=n, fits=False, n_free=n_free, n_evicted=n_evicted)
         draft = self._draft(session, seat, tokens, not conversation.is_empty, (session,), asking)
-        n_to_decode = draft.plan.n_decode if n_reused is None else n - n_reused
-        fits = draft.refused is None or n_reused is not None
-        return Preview(n_tokens=n, n_to_decode=n_to_decode, fits=fits, n_free=n_free, n_evicted=n_evicted)
+        fits = draft.refused is None or n_left > 0
+        if seat is None and row is not None and not n_left:
+            n_left = min(common_prefix(row.tokens, tokens), n - (not conversation.is_empty))
+        return Preview(
+            n_tokens=n,
+            n_to_decode=min(draft.plan.n_decode, n - n_left),
+            fits=fits,
+            n_free=n_free,
+            n_evicted=n_evicted,
+        )

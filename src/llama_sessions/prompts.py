@@ -95,11 +95,15 @@ class Prompter:
         Calls the `before_encode` hook, so not under the lock. The session's own system text wins, then a system
         message at the head of its messages, then the manager's; a raw session has none.
         """
-        messages = (window or session.window_state).seen(message_list(session))
-        brings_own = bool(messages) and _is_system(messages[0])
+        own = message_list(session)
+        messages = (window or session.window_state).seen(own)
+        # A system text at the head is nobody's to drop, but for one that stands for messages that are out.
+        brings_own = bool(messages) and _is_system(messages[0]) and messages[0] is own[0]
         system = session.system if session.system is not None else None if brings_own else self._prefix.text
+        head: Message | None = own[0] if brings_own else None
         if system and not session.is_raw:
-            messages.insert(0, {"role": "system", "content": checked_text("the session's system text", system)})
+            head = {"role": "system", "content": checked_text("the session's system text", system)}
+            messages.insert(0, head)
         pairs = self._hooks.before_encode(messages, session)
         seen = [message for message, _ in pairs]
         if continue_last:
@@ -107,8 +111,7 @@ class Prompter:
         replies = [
             r if r is None or r.model == self._model else replace(r, ids=(), begun=()) for r in session.replies(seen)
         ]
-        # A system text at the head is nobody's to drop.
-        owners = [None if i == 0 and _is_system(message) else owner for i, (message, owner) in enumerate(pairs)]
+        owners = [None if owner is head else owner for _, owner in pairs]
         return Conversation(seen, replies, owners, session.is_raw, continue_last)
 
     def rendered(self, session: Session, conversation: Conversation, last: Rendered | None) -> Rendered:

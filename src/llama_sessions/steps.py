@@ -32,18 +32,21 @@ class Steps(House):
         holder: object | None = None,
         continue_last: bool = False,
         reply: Sequence[int] = (),
+        n_free: int = 0,
     ) -> Pending:
         """`prepare` without the decoding: render, plan, evict, cut and share. `step` decodes the rest, chunk by chunk.
 
         `continue_last`: the prompt ends within the last message, which is the assistant's, instead of with a reply
-        header. `reply`: tokens behind the prompt, said already; of these, too, the first may have to go. Nothing is
-        touched before the plan is whole. Raises ContextOverflow (the session is too long, and nothing more can go),
-        NoFreeSlot, CapacityError (cells), TemplateError, OptionError, and what a hook raises; row and window are then
-        as before.
+        header. `reply`: tokens behind the prompt, said already; of these, too, the first may have to go. `n_free`: how
+        many more are to fit then, where that is more than the headroom. Nothing is touched before the plan is whole.
+        Raises ContextOverflow (the session is too long, and nothing more can go), NoFreeSlot, CapacityError (cells),
+        TemplateError, OptionError, and what a hook raises; row and window are then as before.
         """
         self._entry.check_may_change()
         self._seats.get(session, holder)
-        return self._begin(session, holder, continue_last=continue_last, reply=reply, anew=bool(len(reply)))
+        return self._begin(
+            session, holder, continue_last=continue_last, reply=reply, n_free=n_free, anew=bool(len(reply))
+        )
 
     def _begin(
         self,
@@ -52,10 +55,11 @@ class Steps(House):
         *,
         continue_last: bool = False,
         reply: Sequence[int] = (),
+        n_free: int = 0,
         anew: bool = False,
     ) -> Pending:
         """Hooks may use the manager, so they run outside of the lock, and before the plan."""
-        asking = self._asking(session, continue_last=continue_last, reply=reply, anew=anew)
+        asking = self._asking(session, continue_last=continue_last, reply=reply, n_free=n_free, anew=anew)
         if self._evictor.has_to_report(session):
             asking = self._evictor.report(asking, session)
         while True:
@@ -66,7 +70,13 @@ class Steps(House):
             asking = self._evictor.report(answer, session)
 
     def _asking(
-        self, session: Session, *, continue_last: bool = False, reply: Sequence[int] = (), anew: bool = False
+        self,
+        session: Session,
+        *,
+        continue_last: bool = False,
+        reply: Sequence[int] = (),
+        n_free: int = 0,
+        anew: bool = False,
     ) -> Asking:
         window = session.window_state
         return Asking(
@@ -74,8 +84,7 @@ class Steps(House):
             window,
             self._evictor.n_sink(session),
             np.asarray(reply, np.int32),
-            # A reply that goes on needs some room to go on into.
-            max(self.headroom, self.n_ctx_seq // 8) if len(reply) else self.headroom,
+            max(self.headroom, n_free),
             anew or self.options.overflow == "reprefill",
         )
 
@@ -121,12 +130,17 @@ class Steps(House):
             raise Cancelled(f"on_progress returned False at {done} of {total} tokens; prepare again to go on")
 
     def preview(self, session: Session) -> Preview:
-        """What `prepare` would do now. Renders and plans (and asks `before_encode`); no token is decoded or dropped."""
+        """What `prepare` would do now, without what an `on_evict` hook might put in. Renders and plans (and asks
+        `before_encode`); no token is decoded or dropped."""
         self._entry.check()
         self._seats.get(session, reading=True)
         asking = self._asking(session)
-        with self._entry.reading():
-            return self._preparer.preview(session, asking)
+        while True:
+            with self._entry.reading():
+                answer = self._preparer.preview(session, asking)
+            if isinstance(answer, Preview):
+                return answer
+            asking = self._evictor.report(answer, session, asks_hook=False)
 
     # -- step
 

@@ -322,6 +322,7 @@ def fake_capabilities(
     kind: MemoryKind = MemoryKind.FULL,
     unified: bool = True,
     n_swa: int = 32,
+    n_ctx_train: int | None = None,
 ) -> Capabilities:
     """Capabilities of a context with a prefix slot, a scratch slot and `max_sessions` others."""
     n_seq_max = max_sessions + 2
@@ -331,7 +332,7 @@ def fake_capabilities(
         unified=unified,
         n_ctx=n_ctx,
         n_ctx_seq=n_ctx if unified else n_ctx // n_seq_max,
-        n_ctx_train=n_ctx,
+        n_ctx_train=n_ctx if n_ctx_train is None else n_ctx_train,
         n_batch=n_batch,
         n_ubatch=n_batch,
         n_seq_max=n_seq_max,

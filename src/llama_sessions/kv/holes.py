@@ -6,17 +6,34 @@ way of a save and a load. That is planned before anything is touched, as it take
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import SnapshotError
+from ..types import MemoryKind
 from .alignment import Ranges, without
+from .plan import Cells, Share, first_seen
 from .row import Jumps, Row, end_of
 from .store import RowStore
 
 _PIECE = 2048  # tokens that pass through the scratch at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """What it takes to cut holes into a row: `n_to_copy` tokens whose cells others hold too get new ones (of which
+    there are `n_new_cells`, those for more tokens behind them included), the row's own cells in `own` stay."""
+
+    n_to_copy: int
+    n_new_cells: int
+    own: Cells
+    share: Share | None = None
+
+    def kept(self, cells: Cells) -> Cells:
+        return self.own
 
 
 class Holes:
@@ -25,28 +42,41 @@ class Holes:
     def __init__(self, store: RowStore) -> None:
         self._store = store
 
-    def n_to_copy(self, row: Row, holes: Ranges) -> int:
-        """Tokens behind the first hole whose cells others hold too: a shift needs a new cell for each."""
+    def demand(self, row: Row, holes: Ranges, n_more: int, *, shift: bool) -> Cut:
+        """The cells for `cut_out`, and then for `n_more` tokens."""
         first = holes[0][0]
-        stays = without(holes, row.n)[first:]
-        return int((self._store.shared_cells(row, first) & stays).sum())
+        stays = without(holes, row.n)
+        if not shift:
+            return Cut(0, n_more, row.cells[stays])
+        copied = np.zeros(row.n, np.bool_)
+        copied[first:] = self._store.shared_cells(row, first)
+        copied &= stays
+        n_to_copy = int(copied.sum())
+        # One at least: without a free cell nothing can be decoded, and what is pending not be ended.
+        return Cut(n_to_copy, n_to_copy + max(1, n_more), row.cells[stays & ~copied])
 
-    def n_freed(self, row: Row, holes: Ranges) -> int:
-        """Cells that the holes alone make free."""
-        first = holes[0][0]
-        goes = ~without(holes, row.n)[first:]
-        return int((~self._store.shared_cells(row, first) & goes).sum())
-
-    def can_shift(self, row: Row, holes: Ranges) -> bool:
-        """Whether there are cells enough to shift now."""
-        n_to_copy = self.n_to_copy(row, holes)
-        if not n_to_copy:
+    def is_possible(self, row: Row, n: int, holes: Ranges, *, shift: bool) -> bool:
+        """Whether a window's layers still hold what the next token behind the row's first `n` will look at then: other
+        rows may have eaten what was out of sight, and a shift brings it into sight."""
+        caps = self._store.caps
+        if caps.kind is not MemoryKind.WINDOW:
             return True
-        store = self._store
-        free = store.n_free_cells()
-        if store.sequences.scratch is None or free is None or (store.is_pending and not free):
-            return False  # what is pending takes a decode, and that a cell, before anything can be copied
-        return n_to_copy <= free + self.n_freed(row, holes)
+        # Of a row that is not here now, but parked, the window alone comes back.
+        first = first_seen(row.end, caps) if row.seq_id < 0 else self._store.sequences.first(row.seq_id)
+        old = row.positions()[:n][without(holes, n)]
+        new = self._moved(row, holes, old) if shift else old
+        seen = old[new >= first_seen(int(new[-1]) + 1, caps)] if len(new) else old
+        return not len(seen) or first <= int(seen[0])
+
+    def can_copy(self) -> bool:
+        """Whether shared cells can be made a row's own now; decodes what is pending."""
+        return self._store.sequences.scratch is not None and self._store.finish_pending()
+
+    @staticmethod
+    def _moved(row: Row, holes: Ranges, old: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The positions after a shift of what had the positions `old`."""
+        first = holes[0][0]
+        return np.concatenate([old[:first], end_of(row.jumps, first) + np.arange(len(old) - first)])
 
     def cut_out(self, row: Row, holes: Ranges, *, shift: bool) -> bool:
         """Take sorted, disjoint, non-empty ranges of tokens out of a row; False: only what is ahead of them is left.
@@ -58,12 +88,14 @@ class Holes:
         stays = without(holes, row.n)
         tokens, cells, positions = row.tokens[stays], row.cells[stays], row.positions()
         ranges = [(int(positions[p0]), int(positions[p1 - 1]) + 1) for p0, p1 in holes]
-        old = positions[stays][first:]
+        left = positions[stays]
+        old = left[first:]
+        left = self._moved(row, holes, left) if shift else left
+        new = left[first:]
         shared = store.shared_cells(row, first)[stays[first:]] if shift else np.zeros(len(old), np.bool_)
         if shared.any() and not store.finish_pending():
             store.cut(row, first)
             return False
-        jumps = row.jumps
         store.spoil(row, first)
         row.shorten(first)
         row.mark_approximate(first)
@@ -76,11 +108,10 @@ class Holes:
             return False
         if shared.any():
             cells[first:][shared] = store.new_cells(int(shared.sum()))
-        new = end_of(jumps, first) + np.arange(len(old)) if shift else old
         self._move(row, old, new)
         row.write(first, tokens[first:], cells[first:])
         row.n = len(tokens)
-        row.set_jumps(_jumps_of(np.concatenate([positions[:first], new])))
+        row.set_jumps(_jumps_of(left))
         row.mark_approximate(first)
         if not store.is_as_booked(row):
             store.cut(row, 0)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from ..types import BlobKind, Capabilities, MemoryKind, TokenArray
 from .costs import Costs
@@ -48,6 +52,22 @@ class Restore:
     p1: int
 
 
+Cells: TypeAlias = npt.NDArray[np.int64]
+
+
+class Demand(Protocol):
+    """What is to be done to a row, as far as it takes cells."""
+
+    @property
+    def n_new_cells(self) -> int: ...
+
+    @property
+    def share(self) -> Share | None: ...
+
+    def kept(self, cells: Cells) -> Cells:
+        """Those of the row's cells that it still has then."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Keep `[0, n_keep)` of the own row, then share, then restore, then decode from `n_reused` on to `n_tokens`.
@@ -78,6 +98,9 @@ class Plan:
     @property
     def n_new_cells(self) -> int:
         return self.n_tokens - self.n_live
+
+    def kept(self, cells: Cells) -> Cells:
+        return cells[: self.n_keep]
 
 
 NOTHING = Plan(0, 0)

@@ -98,7 +98,7 @@ class Row:
     def shorten(self, n: int) -> None:
         """Only the first `n` tokens are left."""
         self.n = n
-        if self.jumps:
+        if self.jumps or self.offset:  # an interrupt may have come between the two
             self.set_jumps(tuple(jump for jump in self.jumps if jump[0] < n))
         if n <= self._n_exact:
             self._n_exact = _ALL

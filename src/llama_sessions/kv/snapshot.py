@@ -279,6 +279,10 @@ class Snapshots:
             logger.warning("%d parked rows are decoded anew when they return: the cache is full", len(inserted.lost))
         return not inserted.refused
 
+    def has_private(self, owner: int) -> bool:
+        """Whether it is still kept."""
+        return self._cache is not None and self._cache.private(owner) is not None
+
     def restore_private(self, owner: int, row: Row, tokens: TokenArray, n_exact: int, jumps: Jumps) -> bool:
         """Bring back to an empty row what was kept for `owner`; False: it is gone, and the row empty."""
         match = None if self._cache is None else self._cache.private(owner)

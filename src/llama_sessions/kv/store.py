@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..errors import CapacityError, SnapshotError, StateError
 from ..report import Stretch
 from ..types import ByteArray, Capabilities, Context, FloatArray, MemoryKind, Run, TokenArray
-from .plan import Plan, Share, Source, can_be_cut, first_seen
+from .plan import Demand, Plan, Share, Source, can_be_cut, first_seen
 from .row import Jumps, Row, end_of
 from .sequences import Sequences
 
@@ -104,7 +104,7 @@ class RowStore:
         """Cells that nobody holds; None where rows do not compete for cells."""
         return None if self.caps.n_cells is None else self.caps.n_cells - self.n_unique_cells()
 
-    def n_short(self, plan: Plan, row: Row | None = None, gone: Collection[Row] = ()) -> int:
+    def n_short(self, plan: Demand, row: Row | None = None, gone: Collection[Row] = ()) -> int:
         """Cells that are missing for a plan on `row`, once the rows `gone` are dropped as well; 0 if there are enough.
 
         A shared cell is free when the last row that holds it lets go: what the plan keeps or shares is held all along.
@@ -114,7 +114,7 @@ class RowStore:
             return 0
         held = [r.cells for r in self.rows.values() if r is not row and r not in gone]
         if row is not None:
-            held.append(row.cells[: plan.n_keep])
+            held.append(plan.kept(row.cells))
         if plan.share is not None:
             held.append(self.rows[plan.share.seq_id].cells[: plan.share.p1])
         return max(0, plan.n_new_cells - (self.caps.n_cells - _n_unique(held)))
@@ -144,7 +144,8 @@ class RowStore:
 
     def shared_cells(self, row: Row, p0: int = 0) -> npt.NDArray[np.bool_]:
         """(n - p0,) bool: which cells from token `p0` on another row holds as well."""
-        others = [r.cells for r in self.rows.values() if r is not row and r.n]
+        # Streams have cells of their own, also where one is a copy of another.
+        others = [r.cells for r in self.rows.values() if r is not row and r.n] if self.caps.unified else []
         tail = row.cells[p0:]
         return np.isin(tail, np.concatenate(others)) if others else np.zeros(len(tail), np.bool_)
 

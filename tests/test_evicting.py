@@ -1,0 +1,947 @@
+"""Conversations longer than the context: what goes, how, what it costs, and what of it is still exact."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conversations import Loader, assert_exact, is_seated, said
+from interrupting import interrupted_everywhere
+from models import model_path
+from oracle import oracle_for
+from test_holes import BareRow
+
+from llama_sessions import (
+    ContextManager,
+    ContextOverflow,
+    Engine,
+    OptionError,
+    Session,
+    SnapshotError,
+    TemplateError,
+)
+from llama_sessions.kv.row import Row
+from llama_sessions.llama.context import LlamaContext
+from llama_sessions.types import Message
+
+WAYS: dict[str, dict[str, Any]] = {
+    "shift": {},
+    "gap": {"overflow": "gap", "model": {"n_ctx_train": 16384}},
+    "reprefill": {"overflow": "reprefill"},
+}
+
+
+def line(i: int, n: int = 30) -> str:
+    return f"{i:03d} " + "abcdefghij "[: n % 11] + "abcdefghij " * (n // 11)
+
+
+def row_of(cm: ContextManager, session: Session) -> Row:
+    seat = cm._seats.get(session, reading=True)
+    assert seat is not None
+    return seat.row
+
+
+def text_of(cm: ContextManager, session: Session) -> str:
+    """The session's row as text."""
+    return b"".join(cm.vocab.piece(int(t)) for t in cm.tokens(session)).decode()
+
+
+def plain(cm: ContextManager, messages: list[Message], system: str | None = None) -> str:
+    """The plain render of some messages."""
+    head: list[Message] = [{"role": "system", "content": system}] if system else []
+    rendered = cm.renderer.render([*head, *messages])
+    return b"".join(cm.vocab.piece(int(t)) for t in rendered.tokens).decode()
+
+
+def grown(cm: ContextManager, session: Session, *, until: int = 1, n: int = 30) -> Session:
+    """Turns of that size, each prepared, until something was evicted `until` times."""
+    while cm.stats().n_evictions < until:
+        i = len(session.messages)
+        if i:
+            session.add_assistant(line(i, n))
+        session.add_user(line(i + 1, n))
+        cm.prepare(session)
+    return session
+
+
+def no_end(cm: ContextManager) -> dict[int, float]:
+    """A bias without which replies of random models end."""
+    return {t: -math.inf for t in range(cm.vocab.n_tokens) if cm.vocab.is_eog(t)}
+
+
+def reported(session: Session) -> Any:
+    assert session.last_prepare is not None
+    return session.last_prepare
+
+
+# -- a turn: what goes, and what is decoded
+
+
+@pytest.mark.parametrize("way", ["shift", "gap"])
+def test_an_evicted_row_is_what_llama_cpp_makes_of_the_same_cuts(load: Loader, way: str) -> None:
+    """The row before the turn, the holes cut by bare calls, then the new tokens: the same logits."""
+    cm = load("llama-bpe", n_ctx=256, n_batch=256, **WAYS[way])
+    session = Session()
+    before = np.empty(0, np.int32)
+    while not cm.stats().n_evictions:
+        before = cm.tokens(session)
+        grown_by_one(cm, session)
+    report, row = reported(session), row_of(cm, session)
+    stays, n = row.tokens.tolist(), len(before)
+    first = report.n_evicted
+    p0 = next(p for p in range(n) if before[p] != stays[p])
+    kept = before.tolist()[:p0] + before.tolist()[p0 + first :]
+    assert kept == stays[: report.n_reused]
+    bare = BareRow(oracle_for(model_path("llama-bpe", **WAYS[way].get("model", {}))))
+    bare.decode(before.tolist())
+    bare.cut_out([(p0, p0 + first)], shift=way == "shift")
+    wanted = bare.decode(stays[len(kept) :])
+    assert float(np.abs(wanted - cm.logits(session)).max()) < 0.02
+    assert (bare.end, row.n_exact, report.exact) == (row.end, p0, False)
+    assert report.n_decoded == len(stays) - len(kept)
+
+
+def grown_by_one(cm: ContextManager, session: Session) -> None:
+    i = len(session.messages)
+    if i:
+        session.add_assistant(line(i))
+    session.add_user(line(i + 1))
+    cm.prepare(session)
+
+
+@pytest.mark.parametrize("way", ["shift", "gap"])
+def test_a_turn_after_an_eviction_decodes_only_its_new_tokens(tiny_chat: Path, way: str) -> None:
+    """By a model whose replies are text, so that a render has them token for token. An eviction itself, too, decodes
+    nothing but what is new."""
+    cm = ContextManager.load(tiny_chat, n_ctx=256, max_sessions=2, n_threads=1, overflow=way)
+    cm.set_system("You are concise.")
+    engine, session = Engine(cm), Session()
+    n_turns = 0
+    for i in range(16):
+        before = len(cm.tokens(session))
+        engine.chat(session, f"My number is {i}. What is a clock?", max_tokens=12, seed=i)
+        report = reported(session)
+        if before:
+            assert report.n_reused == before - report.n_evicted
+        n_turns += cm.stats().n_evictions > 1
+        if report.n_evicted:
+            assert report.dropped
+            assert not report.exact
+    assert cm.stats().n_evictions >= 2
+    assert n_turns >= 4
+    assert bool(row_of(cm, session).offset) == (way == "gap")
+    assert len(session.messages) == 32
+    assert session.window == session.messages[-len(session.window) :]
+
+
+def test_a_reprefill_is_the_plain_render_of_the_window_and_exact(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256, overflow="reprefill")
+    cm.set_system("Be brief.")
+    session = grown(cm, Session(), until=3)
+    assert text_of(cm, session) == plain(cm, session.window, "Be brief.")
+    assert reported(session).exact
+    assert cm.stats().n_tokens_evicted > 0
+    assert_exact(cm, session)
+
+
+@pytest.mark.parametrize("eviction", ["message", "fifo"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_has_no_row_yet_is_rendered_without_what_goes_and_exact(load: Loader, way: str, eviction: str) -> None:
+    """No sinks and no half messages: they are of use only where KV behind them was computed."""
+    cm = load("llama-bpe", n_ctx=256, eviction=eviction, **WAYS[way])
+    cm.set_system("Be brief.")
+    session = said(*(line(i) for i in range(15)))
+    preview = cm.preview(session)
+    assert cm.prepare(session) == preview.n_tokens <= 256 - cm.headroom
+    assert preview.n_to_decode == reported(session).n_decoded
+    assert text_of(cm, session) == plain(cm, session.window, "Be brief.")
+    assert len(session.window) < 15
+    cm.test_model = "llama-bpe"  # type: ignore[attr-defined]
+    oracle_for(model_path("llama-bpe", **WAYS[way].get("model", {}))).assert_exact(
+        cm.logits(session), cm.tokens(session)
+    )
+
+
+def test_sinks_stay_as_many_as_asked_for(load: Loader) -> None:
+    for n_sink, hook in ((0, None), (4, None), (4, 9)):
+        cm = load("llama-bpe", n_ctx=256, n_sink=n_sink)
+        asked: list[Session] = []
+        if hook is not None:
+            cm.set_hook("sink_fn", lambda s, hook=hook, asked=asked: asked.append(s) or hook)
+        session = said(line(0))
+        cm.prepare(session)
+        begin = cm.tokens(session)
+        grown(cm, session)
+        n = n_sink if hook is None else hook
+        left = cm.tokens(session)
+        assert left[:n].tolist() == begin[:n].tolist()
+        assert row_of(cm, session).n_exact == n
+        rest = b"".join(cm.vocab.piece(int(t)) for t in left[n:]).decode()
+        assert rest == plain(cm, session.window)
+        assert bool(asked) == (hook is not None)
+
+
+def test_a_sink_hook_that_answers_nonsense_is_refused_and_changes_nothing(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    session = grown(cm, Session())
+    before = cm.tokens(session)
+    for answer in (-1, None, "4"):
+        cm.set_hook("sink_fn", lambda s, answer=answer: answer)
+        for call in (cm.prepare, cm.preview, lambda s: cm.make_room(s, 1)):
+            with pytest.raises(OptionError, match="sink_fn"):
+                call(session)
+        np.testing.assert_array_equal(cm.tokens(session), before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pinned_messages_stay_and_a_tool_call_goes_with_its_result(load: Loader, way: str) -> None:
+    cm = load("llama-bpe", n_ctx=256, **WAYS[way])
+    session = Session()
+    session.add_user("The secret is 42.")
+    session.add_assistant("I see.")
+    call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    for i in range(2):
+        session.add_user(line(i))
+        session.add("assistant", "calling", tool_calls=[{"id": f"c{i}", **call}])
+        session.add_tool_result(f"it is {i}", f"c{i}")
+    session.pin_message(0)
+    session.pin_message(7)  # the second result: so its call stays, and what was asked
+    kept = [session.messages[i] for i in (0, 1, 5, 6, 7)]
+    session.add_assistant("done")
+    session.add_user("go on")
+    cm.prepare(session)
+    grown(cm, session, until=3)
+    assert [m for m in session.window if any(m is k for k in kept)] == kept
+    assert not any(m is session.messages[i] for m in session.window for i in (2, 3, 4))
+    assert "The secret is 42." in text_of(cm, session)
+    assert "it is 1" in text_of(cm, session)
+    assert "it is 0" not in text_of(cm, session)
+
+
+def test_fifo_takes_many_tokens_at_once_and_goes_on_in_the_middle_of_a_message(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=512, eviction="fifo")
+    session = grown(cm, Session())
+    report = reported(session)
+    n_before = report.n_reused + report.n_evicted
+    assert report.n_evicted >= (n_before - 200) // 4
+    for _ in range(3):
+        before = len(cm.tokens(session))
+        grown_by_one(cm, session)
+        assert reported(session).n_reused == before - reported(session).n_evicted
+
+
+def test_a_strategy_of_the_users_own_decides(load: Loader) -> None:
+    asked = []
+
+    def newest_first(request: Any) -> list[tuple[int, int]]:
+        """The last turn before the last."""
+        asked.append(request)
+        users = [p for p in request.pieces if p.role == "user"]
+        return [(users[-2].p0, users[-1].p0)]
+
+    cm = load("llama-bpe", n_ctx=256, eviction=newest_first)
+    session = grown(cm, Session())
+    assert [m is d for m, d in zip(session.messages[-3:-1], reported(session).dropped, strict=True)] == [True, True]
+    assert asked[0].n_needed > 0
+    assert cm.stats().eviction == "custom"
+    bad = load("llama-bpe", n_ctx=256, eviction=lambda request: [(0, request.n_tokens)])
+    session = Session()
+    with pytest.raises(OptionError, match="returned"):
+        grown(bad, session)
+    assert session.window == session.messages
+    assert len(bad.tokens(session)) > 0
+
+
+def test_a_gap_goes_up_to_the_trained_length_and_then_the_window_begins_anew(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256, overflow="gap", model={"n_ctx_train": 512})
+    session = grown(cm, Session())
+    assert row_of(cm, session).offset > 0
+    while row_of(cm, session).offset:
+        assert row_of(cm, session).end <= 512
+        assert not reported(session).exact
+        grown_by_one(cm, session)
+    assert reported(session).exact
+    assert text_of(cm, session) == plain(cm, session.window)
+    oracle_for(model_path("llama-bpe", n_ctx_train=512)).assert_exact(cm.logits(session), cm.tokens(session))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "is_cut"),
+    [
+        ("llama-bpe", {"kv_unified": False, "n_ctx": 6 * 256}, True),
+        ("llama-spm", {"n_ctx": 256}, True),
+        ("llama-yarn", {"n_ctx": 256}, True),  # by a gap
+        ("gemma3", {"n_ctx": 256}, True),
+        ("gemma3", {"n_ctx": 256, "swa_full": False}, False),
+        ("hybrid", {"n_ctx": 256}, False),
+    ],
+)
+def test_every_kind_of_memory_goes_on_for_ever_beside_an_untouched_neighbour(
+    load: Loader, name: str, options: dict[str, Any], is_cut: bool
+) -> None:
+    cm = load(name, max_sessions=3, **options)
+    oracle = oracle_for(model_path(name))
+    neighbour = said("What?")
+    cm.prepare(neighbour)
+    cm.pin(neighbour)
+    before = cm.logits(neighbour).copy()
+    session = Session()
+    was_cut = False
+    for _ in range(14):
+        preview_is_true(cm, session)
+        was_cut = was_cut or not reported(session).exact
+        if reported(session).exact:
+            oracle.assert_exact(cm.logits(session), cm.tokens(session))
+    assert was_cut is is_cut
+    assert cm.stats().n_evictions >= 2
+    assert not row_of(cm, session).offset or name == "llama-yarn"
+    assert (cm._store.n_shifts > 0) is (is_cut and name != "llama-yarn")
+    cm.rebuild(session)
+    assert reported(session).exact
+    oracle.assert_exact(cm.logits(session), cm.tokens(session))
+    np.testing.assert_array_equal(cm.logits(neighbour), before)
+    cm.append(neighbour, 70)
+    oracle.assert_exact(cm.logits(neighbour), cm.tokens(neighbour))
+
+
+def preview_is_true(cm: ContextManager, session: Session) -> None:
+    """One turn more, as its preview says."""
+    i = len(session.messages)
+    if i:
+        session.add_assistant(line(i))
+    session.add_user(line(i + 1))
+    preview = cm.preview(session)
+    cm.prepare(session)
+    report = reported(session)
+    assert (preview.n_tokens, preview.n_to_decode, preview.n_evicted, preview.fits) == (
+        report.n_tokens,
+        report.n_decoded,
+        report.n_evicted,
+        True,
+    )
+
+
+def test_a_recurrent_model_has_no_wall_and_nothing_goes(load: Loader) -> None:
+    cm = load("mamba", n_ctx=256, max_sessions=2)
+    session = said(*(line(i) for i in range(21)))
+    assert cm.prepare(session) > 512
+    assert cm.make_room(session, 100) == 0
+    reply = Engine(cm).chat(session_of(session), "go", max_tokens=300, seed=1, logit_bias=no_end(cm))
+    assert (reply.stop_reason, reply.n_generated) == ("length", 300)
+    assert cm.stats().n_evictions == 0
+    assert session.window == session.messages
+
+
+def session_of(session: Session) -> Session:
+    """One that may be asked: its last message is a reply."""
+    if session.messages[-1]["role"] == "user":
+        session.add_assistant("yes")
+    return session
+
+
+def test_a_raw_session_loses_its_oldest_text_but_the_last(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    session = Session.raw("Once upon a time. ")
+    for i in range(12):
+        session.add_assistant(line(i))
+        session.add_user(line(i) + "? ")
+        cm.prepare(session)
+    assert cm.stats().n_evictions
+    assert len(session.messages) == 25
+    assert text_of(cm, session).endswith("".join(m["content"] for m in session.window))
+    reply = Engine(cm).chat(session, max_tokens=400, seed=1, logit_bias=no_end(cm))
+    assert reply.n_generated == 400
+
+
+# -- the window
+
+
+def test_the_hook_gets_the_messages_that_go_and_earlier_replacements_first(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    cm.set_system("Be brief.")
+    calls: list[list[Message]] = []
+
+    def summarise(dropped: list[Message], session: Session) -> list[Message]:
+        calls.append(list(dropped))
+        return [{"role": "system", "content": f"Summary {len(calls)}."}]
+
+    cm.set_hook("on_evict", summarise)
+    session = grown(cm, Session())
+    n = len(calls)
+    gone = [m for call in calls for m in call if m["role"] != "system"]
+    assert [id(m) for m in gone] == [id(m) for m in session.messages[: len(gone)]]
+    assert list(reported(session).dropped) == gone
+    first = session.window[0]
+    assert first["content"] == f"Summary {n}."
+    assert text_of(cm, session) == plain(cm, session.window, "Be brief.")  # a summary takes nobody's system text away
+    assert reported(session).exact
+    assert_exact(cm, session)
+    n_messages = len(session.messages)
+    grown(cm, session, until=2)
+    assert calls[n][0] is first
+    assert [m for m in session.window if m["role"] == "system"] == [session.window[0]]
+    assert session.window[0]["content"] == f"Summary {len(calls)}."
+    assert len(session.messages) > n_messages
+    assert all(m["role"] != "system" for m in session.messages)
+    session.reset_window()
+    assert session.window == session.messages
+
+
+def test_a_hook_that_returns_more_than_it_got_is_asked_only_while_messages_go(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    session = grown_to(cm, Session(), 170)
+    before, logits, window = cm.tokens(session), cm.logits(session).copy(), session.window
+    n_calls = 0
+
+    def too_much(dropped: list[Message], session: Session) -> list[Message]:
+        nonlocal n_calls
+        n_calls += 1
+        assert n_calls < 20
+        return [{"role": "user", "content": "~" * 300}]
+
+    cm.set_hook("on_evict", too_much)
+    session.add_assistant(line(1))
+    session.add_user(line(2))
+    with pytest.raises(ContextOverflow) as e:
+        cm.prepare(session)
+    assert e.value.needed > e.value.available == 256
+    assert n_calls >= 1
+    assert session.window[:-2] == window
+    np.testing.assert_array_equal(cm.tokens(session), before)
+    np.testing.assert_array_equal(cm.logits(session), logits)
+    cm.clear_hook("on_evict")
+    cm.prepare(session)
+    # What fits though it leaves less than the headroom is let be.
+    cm.set_hook("on_evict", lambda dropped, session: [{"role": "user", "content": "~" * 165}])
+    grown(cm, session, until=cm.stats().n_evictions + 1)
+    assert 192 < session.n_past <= 256
+
+
+def grown_to(cm: ContextManager, session: Session, n: int) -> Session:
+    while session.n_past + 60 < n:
+        grown_by_one(cm, session)
+    return session
+
+
+@pytest.mark.parametrize(
+    "answer", [42, "text", [{"role": "user"}], [{"content": "x"}], [None], {"role": "user", "content": "x"}]
+)
+def test_a_hook_that_returns_nonsense_leaves_row_and_window_as_before(load: Loader, answer: Any) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    cm.set_hook("on_evict", lambda dropped, session: answer)
+    as_before(cm, (OptionError,))
+
+
+def as_before(cm: ContextManager, errors: tuple[type[BaseException], ...]) -> None:
+    """The first eviction fails; row, logits and window are as they were, and it works without the hook."""
+    session = Session()
+    before, logits, error = np.empty(0, np.int32), None, None
+    while error is None:
+        try:
+            grown_by_one(cm, session)
+            before, logits = cm.tokens(session), cm.logits(session).copy()
+        except errors as e:
+            error = e
+        assert len(session.messages) < 60
+    np.testing.assert_array_equal(cm.tokens(session), before)
+    np.testing.assert_array_equal(cm.logits(session), logits)
+    assert session.window == session.messages
+    assert cm.stats().n_evictions == 0
+    cm.clear_hook("on_evict")
+    cm.prepare(session)
+    assert cm.stats().n_evictions == 1
+
+
+def test_a_hook_that_raises_leaves_row_and_window_as_before(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+
+    def fails(dropped: list[Message], session: Session) -> None:
+        raise ZeroDivisionError("in the hook")
+
+    cm.set_hook("on_evict", fails)
+    as_before(cm, (ZeroDivisionError,))
+
+
+def test_a_hook_may_summarise_through_a_second_session_of_the_same_manager(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=512, max_sessions=2)
+    engine = Engine(cm)
+
+    def summarise(dropped: list[Message], session: Session) -> list[Message]:
+        reply = engine.complete("Sum up: " + dropped[0]["content"], max_tokens=8, seed=1)
+        return [{"role": "assistant", "content": reply.text or "nothing"}]
+
+    cm.set_hook("on_evict", summarise)
+    session = grown(cm, Session(), until=3)
+    assert text_of(cm, session).endswith(plain(cm, session.window))
+    assert_exact(cm, session)
+    assert cm.slots.n_free == 1
+    # Within a stream, too.
+    for i in range(8):
+        engine.chat(session_of(session), line(i), max_tokens=40, seed=i, logit_bias=no_end(cm))
+    assert cm.stats().n_evictions > 4
+
+
+def test_a_hook_that_takes_the_row_away_costs_a_prefill_and_nothing_else(load: Loader) -> None:
+    """What is kept of a row is known before the hook runs; what it does to the row counts."""
+    for deed in ("park", "release", "append", "prepare"):
+        cm = load("llama-bpe", n_ctx=256, radix=False)
+        done: list[str] = []
+
+        def hook(dropped: list[Message], session: Session, cm: Any = cm, deed: str = deed, done: Any = done) -> None:
+            done.append(deed)
+            if deed == "append":
+                cm.append(session, 65)
+            elif deed == "prepare":
+                if len(done) == 1:
+                    cm.prepare(session)
+            else:
+                getattr(cm, deed)(session)
+
+        cm.set_hook("on_evict", hook)
+        session = grown(cm, Session())
+        assert done
+        if deed in ("park", "release"):
+            assert reported(session).exact
+            assert text_of(cm, session) == plain(cm, session.window)
+            assert_exact(cm, session)
+        assert text_of(cm, session).endswith(plain(cm, session.window[1:]))
+        cm.check_integrity()
+
+
+def test_what_before_encode_puts_in_is_never_windowed(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    extra = {"role": "user", "content": "Today is Monday."}
+    cm.set_hook("before_encode", lambda messages, session: [extra, *messages])
+    dropped: list[Message] = []
+    cm.set_hook("on_evict", lambda gone, session: dropped.extend(gone))
+    session = grown(cm, Session(), until=3)
+    assert text_of(cm, session).count("Today is Monday.") == 1
+    assert dropped
+    assert extra not in dropped
+    assert extra not in session.messages
+    assert extra not in session.window
+
+
+def test_a_saved_window_is_what_the_next_process_prepares(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    cm.set_hook("on_evict", lambda dropped, session: [{"role": "user", "content": f"{len(dropped)} went"}])
+    session = Session()
+    session.add_user("pinned")
+    session.pin_message(0)
+    grown(cm, session)
+    data = json.loads(json.dumps(session.to_dict()))
+    again = Session.from_dict(data)
+    other = load("llama-bpe", n_ctx=256)
+    other.prepare(again)
+    assert again.window == session.window
+    assert again.messages == session.messages
+    assert text_of(other, again) == plain(other, session.window)
+    assert reported(again).n_evicted == 0
+    assert again.is_message_pinned(0)
+    old = {k: v for k, v in data.items() if k not in ("pins", "window")} | {"version": 1}
+    assert Session.from_dict(old).window == session.messages
+
+
+def test_a_session_that_changes_its_namespace_takes_nothing_approximate_along(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    session = grown(cm, Session(namespace="a"))
+    assert not reported(session).exact
+    session.namespace = "b"
+    assert cm.make_room(session, 10) == 0
+    cm.prepare(session)
+    assert reported(session).exact
+    assert text_of(cm, session) == plain(cm, session.window)
+    assert_exact(cm, session)
+
+
+# -- make_room
+
+
+@pytest.mark.parametrize("way", ["shift", "gap"])
+def test_make_room_takes_at_least_what_is_needed_or_as_many_as_can_go(load: Loader, way: str) -> None:
+    cm = load("llama-bpe", n_ctx=512, **WAYS[way])
+    session = said(*(line(i) for i in range(9)))
+    assert cm.make_room(session, 5) == 0  # never prepared
+    cm.prepare(session)
+    n = session.n_past
+    assert cm.make_room(session, 0) == 0
+    with pytest.raises(OptionError, match="n_needed"):
+        cm.make_room(session, -1)
+    assert session.n_past == len(cm.tokens(session)) == n
+    n_gone = cm.make_room(session, 20)
+    assert 20 <= n_gone < 120
+    assert session.n_past == len(cm.tokens(session)) == n - n_gone
+    assert session.window == session.messages[2:]
+    assert (cm.stats().n_evictions, cm.stats().n_tokens_evicted) == (1, n_gone)
+    assert f"approximate from token {row_of(cm, session).n_exact}" in cm.describe()
+    cm.append(session, 65)
+    # All but the last user turn and the sinks.
+    before = session.n_past
+    n_more = cm.make_room(session, 10_000)
+    assert session.n_past == before - n_more
+    assert session.window == session.messages[-1:]
+    assert cm.make_room(session, 10_000) == 0
+    assert len(session.messages) == 9
+
+
+def test_make_room_of_a_parked_session_brings_it_back_first(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=512)
+    session = said(*(line(i) for i in range(9)))
+    cm.prepare(session)
+    n = session.n_past
+    cm.park(session)
+    n_gone = cm.make_room(session, 20)
+    assert n_gone >= 20
+    assert session.n_past == len(cm.tokens(session)) == n - n_gone
+    assert is_seated(cm, session) == [True]
+
+
+def test_make_room_is_0_where_the_way_is_not_open(load: Loader) -> None:
+    for name, options in (
+        ("llama-bpe", {"overflow": "reprefill"}),
+        ("hybrid", {}),
+        ("gemma3", {"swa_full": False}),
+        ("llama-bpe", {"overflow": "gap", "model": {"n_ctx_train": 512}}),  # no longer than the context
+    ):
+        cm = load(name, n_ctx=512, **options)
+        session = said(*(line(i) for i in range(9)))
+        cm.prepare(session)
+        before = cm.tokens(session)
+        assert cm.make_room(session, 20) == 0
+        np.testing.assert_array_equal(cm.tokens(session), before)
+        assert session.window == session.messages
+
+
+def test_what_make_room_dropped_is_handed_to_the_hook_by_the_next_prepare(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=512)
+    calls: list[list[Message]] = []
+    cm.set_hook("on_evict", lambda dropped, s: calls.append(list(dropped)) or [{"role": "user", "content": "sum"}])
+    session = said(*(line(i) for i in range(9)))
+    cm.prepare(session)
+    assert cm.make_room(session, 100) >= 100
+    assert not calls
+    gone = [m for m in session.messages if not any(m is w for w in session.window)]
+    assert gone
+    session.add_assistant("yes")
+    session.add_user("and?")
+    cm.prepare(session)
+    assert [[id(m) for m in call] for call in calls] == [[id(m) for m in gone]]
+    assert session.window[0]["content"] == "sum"
+    cm.prepare(session)
+    assert len(calls) == 1
+    assert_exact(cm, session)
+
+
+def test_a_cut_that_an_interrupt_kept_from_being_noted_is_no_ground_for_another(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=512)
+    session = said(*(line(i) for i in range(9)))
+    cm.prepare(session)
+    for token in (65, 66, 67):
+        cm.append(session, token)
+    seat = cm._seats.get(session)
+    assert seat is not None
+    before = seat.prompt
+    cm.make_room(session, 20)
+    for token in range(80):
+        cm.append(session, token)
+    seat.prompt = before  # as if it had come just there
+    session.reset_window()
+    assert cm.make_room(session, 20) == 0
+    cm.prepare(session)
+    assert text_of(cm, session) == plain(cm, session.messages)
+    assert reported(session).exact
+    assert_exact(cm, session)
+
+
+# -- replies
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_reply_of_many_times_the_window_goes_on_without_a_stop(load: Loader, way: str) -> None:
+    cm = load("llama-bpe", n_ctx=256, **WAYS[way])
+    oracle = oracle_for(model_path("llama-bpe", **WAYS[way].get("model", {})))
+    cm.set_system("Be brief.")
+    neighbour = said("What time is it?")
+    cm.prepare(neighbour)
+    cm.pin(neighbour)
+    before = cm.logits(neighbour).copy()
+    session = said("Who?", "I.", "And?", "No.")
+    n = 20 * 256 if way != "reprefill" else 5 * 256
+    reply = Engine(cm).chat(session, "Go!", max_tokens=n, seed=1, logit_bias=no_end(cm))
+    assert (reply.stop_reason, reply.n_generated, len(reply.tokens)) == ("length", n, n)
+    assert session.messages[-1]["content"] == reply.text
+    assert len(session.messages) == 6
+    # Rarely, many tokens at once.
+    assert cm.stats().n_evictions <= n / 25
+    assert (cm._store.n_shifts > 0, row_of(cm, session).offset > 0) == (way == "shift", way == "gap")
+    assert row_of(cm, session).is_exact == (way == "reprefill")
+    np.testing.assert_array_equal(cm.logits(neighbour), before)
+    cm.append(neighbour, 70)
+    oracle.assert_exact(cm.logits(neighbour), cm.tokens(neighbour))
+    session.add_user("And now?")
+    cm.prepare(session)
+    assert session.n_past <= 256 - cm.headroom
+    cm.rebuild(session)
+    oracle.assert_exact(cm.logits(session), cm.tokens(session))
+
+
+@pytest.mark.parametrize("shares_all", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_eight_streams_that_share_a_prefix_go_on_when_cells_run_out(load: Loader, way: str, shares_all: bool) -> None:
+    """`shares_all`: the whole conversation, so that what goes from one frees no cell at first."""
+    cm = load("llama-bpe", n_ctx=512, max_sessions=9, **WAYS[way])
+    oracle = oracle_for(model_path("llama-bpe", **WAYS[way].get("model", {})))
+    cm.set_system("Be brief. " * 4)
+    neighbour = said("What time is it?")
+    cm.prepare(neighbour)
+    cm.pin(neighbour)
+    before = cm.logits(neighbour).copy()
+    sessions = [said(line(0 if shares_all else i), "Yes.") for i in range(8)]
+    engine, n = Engine(cm), 160
+    streams = [engine.stream(s, "Go!", max_tokens=n, seed=i, logit_bias=no_end(cm)) for i, s in enumerate(sessions)]
+    for _ in range(n):
+        for stream in streams:
+            next(stream)
+    replies = [stream.reply for stream in streams]
+    assert [r is not None and (r.stop_reason, r.n_generated) for r in replies] == [("length", n)] * 8
+    assert cm.stats().n_evictions >= 8
+    np.testing.assert_array_equal(cm.logits(neighbour), before)
+    cm.append(neighbour, 70)
+    oracle.assert_exact(cm.logits(neighbour), cm.tokens(neighbour))
+    for session in sessions:
+        cm.rebuild(session)
+        oracle.assert_exact(cm.logits(session), cm.tokens(session))
+
+
+def test_a_reply_goes_on_where_a_row_is_lost_in_the_middle_of_a_cut(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared cells are made the row's own by a save and a load; the load fails."""
+    cm = load("llama-bpe", n_ctx=512, radix=False)
+    parent = said(*(line(i) for i in range(7)))
+    cm.prepare(parent)
+    child = cm.fork(parent)
+    before = cm.logits(parent).copy()
+    n_failed = 0
+
+    def fails(self: LlamaContext, seq_id: int, blob: Any) -> None:
+        nonlocal n_failed
+        n_failed += 1
+        raise SnapshotError("llama_state_seq_set_data_ext", 0, "planted")
+
+    monkeypatch.setattr(LlamaContext, "load_state", fails)
+    with pytest.raises(SnapshotError, match="prepare again"):
+        cm.make_room(child, 10)
+    assert len(cm.tokens(child)) == child.n_past == row_of(cm, child).n_exact
+    cm.prepare(child)
+    assert_exact(cm, child)
+    cm.release(child)
+    np.testing.assert_array_equal(cm.logits(parent), before)
+    monkeypatch.undo()
+    make_room, n_lost = cm.make_room, 0
+
+    def loses(session: Session, n_needed: int, **options: Any) -> int:
+        nonlocal n_lost
+        n_lost += 1
+        cm._store.cut(row_of(cm, session), 5)
+        raise SnapshotError("make_room", 0, "planted")
+
+    cm.make_room = loses  # type: ignore[method-assign]
+    reply = Engine(cm).chat(session_of(parent), "Go!", max_tokens=600, seed=1, logit_bias=no_end(cm))
+    assert reply.n_generated == 600
+    assert n_lost >= 2
+    assert n_failed == 1
+    cm.make_room = make_room  # type: ignore[method-assign]
+
+
+def test_continuing_a_message_goes_on_over_the_wall(load: Loader) -> None:
+    """Also where that message is all there is."""
+    for way in ("shift", "reprefill"):
+        for texts in (("Tell me.",), ()):
+            cm = load("llama-bpe", n_ctx=256, **WAYS[way])
+            session = said(*texts)
+            session.add_assistant("Once upon a time " * 4)
+            reply = Engine(cm).chat(session, continue_last=True, max_tokens=500, seed=1, logit_bias=no_end(cm))
+            assert reply.n_generated == 500
+            assert session.messages[-1]["content"] == "Once upon a time " * 4 + reply.text
+            assert len(session.messages) == len(texts) + 1
+            cm.check_integrity()
+
+
+# -- parked
+
+
+@pytest.mark.parametrize("way", ["shift", "gap"])
+def test_an_approximate_row_comes_back_as_it_was_and_shares_its_prefix_again(load: Loader, way: str) -> None:
+    cm = load("llama-bpe", n_ctx=512, headroom=300, **WAYS[way])
+    cm.set_system("Be brief. " * 3)
+    session = grown(cm, Session())
+    row = row_of(cm, session)
+    before, n_exact, jumps, logits = cm.tokens(session), row.n_exact, row.jumps, cm.logits(session).copy()
+    n_cells, n_shared = cm.stats().n_cells_unique, int(cm._store.shared_cells(row).sum())
+    cm.park(session)
+    assert cm.stats().radix.n_bytes_private > 0
+    session.add_assistant(line(1))
+    session.add_user(line(2))
+    preview = cm.preview(session)
+    assert is_seated(cm, session) == [False]
+    session.messages[-2:] = []
+    assert cm.prepare(session) == len(before)
+    row = row_of(cm, session)
+    assert (row.n_exact, row.jumps) == (n_exact, jumps)
+    assert reported(session).n_decoded == 1
+    assert not reported(session).exact
+    # The last token is decoded alone now: a batch of another size.
+    np.testing.assert_allclose(cm.logits(session), logits, atol=0.02)
+    assert cm.stats().n_cells_unique == n_cells
+    assert int(cm._store.shared_cells(row).sum()) == n_shared > 30
+    assert cm.stats().radix.n_bytes_private == 0
+    session.add_assistant(line(1))
+    session.add_user(line(2))
+    cm.prepare(session)
+    assert (reported(session).n_tokens, reported(session).n_evicted) == (preview.n_tokens, preview.n_evicted)
+
+
+def test_a_lost_private_row_is_rendered_anew(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256, radix=False)
+    session = grown(cm, Session())
+    assert not reported(session).exact
+    cm.park(session)
+    preview = cm.preview(session)
+    assert cm.prepare(session) == preview.n_tokens
+    assert reported(session).exact
+    assert text_of(cm, session) == plain(cm, session.window)
+    assert_exact(cm, session)
+
+
+# -- what cannot be
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", ["one long message", "all pinned", "a long prefix"])
+def test_what_cannot_fit_says_so_with_numbers_and_loses_nothing(load: Loader, way: str, case: str) -> None:
+    cm = load("llama-bpe", n_ctx=256, **WAYS[way])
+    session = Session("~" * 230 if case == "a long prefix" else None)
+    if case == "one long message":
+        session.add_user("~" * 400)
+    else:
+        for i in range(5 if case != "a long prefix" else 1):
+            grown_by_one_unprepared(session, i)
+    if case == "all pinned":
+        for i in range(len(session.messages)):
+            session.pin_message(i)
+    messages = copy.deepcopy(session.messages)
+    preview = cm.preview(session)
+    assert not preview.fits
+    with pytest.raises(ContextOverflow) as e:
+        cm.prepare(session)
+    assert e.value.available == 256
+    assert e.value.needed == preview.n_tokens > 256
+    assert f"{e.value.needed} tokens" in str(e.value)
+    assert session.messages == messages
+    assert session.window == messages
+    assert session.n_past == 0
+    assert cm.slots.n_free == 4
+
+
+def test_more_sinks_than_a_row_can_hold_are_refused_at_the_door(load: Loader) -> None:
+    with pytest.raises(OptionError, match="n_sink must be from 0 to 255, not 256"):
+        load("llama-bpe", n_ctx=256, n_sink=256)
+    cm = load("llama-bpe", n_ctx=256, n_sink=255)
+    grown(cm, Session(), until=2)  # nothing of the row can stay behind a hole, so the window begins anew
+    cm.set_hook("sink_fn", lambda session: 256)
+    with pytest.raises(OptionError, match="sink_fn hook returns must be from 0 to 255, not 256"):
+        cm.prepare(said("Who?"))
+
+
+def grown_by_one_unprepared(session: Session, i: int) -> None:
+    if i:
+        session.add_assistant(line(i))
+    session.add_user(line(i))
+
+
+def test_a_template_that_refuses_a_replacement_says_so_and_changes_nothing(load: Loader) -> None:
+    cm = load("llama-spm", n_ctx=256, chat_template=REFUSES)
+    cm.set_hook("on_evict", lambda dropped, session: [{"role": "tool", "content": "x"}])
+    as_before(cm, (TemplateError,))
+
+
+REFUSES = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+)
+
+
+# -- Ctrl-C
+
+
+def loaded_for_interrupts(*, forked: bool, n: int, n_ctx: int) -> tuple[ContextManager, Session, Session]:
+    """A session of so many messages, and its fork or another."""
+    cm = ContextManager.load(model_path("llama-bpe"), n_ctx=n_ctx, max_sessions=3, n_threads=1, n_batch=256)
+    session = said(*(line(i) for i in range(n)))
+    cm.prepare(session)
+    other = cm.fork(session) if forked else said("Who?")
+    cm.prepare(other)
+    return cm, session, other
+
+
+def check_all_is_true(thing: tuple[ContextManager, Session, Session]) -> None:
+    cm, session, other = thing
+    gc.collect()  # what the interrupted frames hold
+    n_messages = len(session.messages)
+    for each, seat in cm._seats.items():
+        end = cm._store.context.memory.pos_max(seat.row.seq_id)
+        if seat.row.suspect is None:
+            assert seat.row.end == (0 if end is None else end + 1), each
+    cm.check_integrity()
+    cm.append(other, 70)
+    assert_exact(cm, other)
+    cm.prepare(session)
+    cm.check_integrity()
+    if row_of(cm, session).is_exact:
+        assert_exact(cm, session)
+    cm.rebuild(session)
+    assert_exact(cm, session)
+    assert len(session.messages) == n_messages
+    for each in (session, other):
+        cm.release(each)
+    assert cm.stats().n_cells_unique == 0
+    cm.close()
+
+
+@pytest.mark.parametrize(("forked", "step"), [(False, 907), (True, 1201)])
+def test_an_interrupt_anywhere_in_make_room_leaves_every_row_true(forked: bool, step: int) -> None:
+    def start() -> tuple[ContextManager, Session, Session]:
+        return loaded_for_interrupts(forked=forked, n=5, n_ctx=512)
+
+    def act(thing: tuple[ContextManager, Session, Session]) -> None:
+        thing[0].make_room(thing[1], 10)
+
+    assert interrupted_everywhere(start, act, check_all_is_true, step) > 20
+
+
+def test_an_interrupt_anywhere_in_an_evicting_prepare_leaves_every_row_true() -> None:
+    def start() -> tuple[ContextManager, Session, Session]:
+        cm, session, other = loaded_for_interrupts(forked=True, n=5, n_ctx=256)
+        session.add_assistant(line(5))
+        session.add_user(line(6))
+        return cm, session, other
+
+    def act(thing: tuple[ContextManager, Session, Session]) -> None:
+        thing[0].prepare(thing[1])
+
+    assert interrupted_everywhere(start, act, check_all_is_true, 2203) > 20
+
+
+def test_a_row_shortened_where_an_interrupt_came_between_gap_and_offset_has_neither() -> None:
+    row = Row(0)
+    row.write(0, np.arange(8, dtype=np.int32), np.arange(8))
+    row.n, row.jumps, row.offset = 8, (), 3
+    row.shorten(4)
+    assert (row.end, row.offset) == (4, 0)

@@ -111,7 +111,7 @@ def test_a_fork_is_shifted_and_its_twin_is_as_before(load: Callable[..., Context
     pair = {"parent": (parent, row), "child": (child, row_of(cm, child))}
     mine, other = pair.pop(first), pair.popitem()[1]
     holes = Holes(cm._store)
-    assert holes.demand(mine[1], HOLES, 0, shift=True).n_to_copy == row.n - 20 - sum(p1 - p0 for p0, p1 in HOLES)
+    assert holes.demand(mine[1], row.n, HOLES, 0, shift=True).n_to_copy == row.n - 20 - sum(p1 - p0 for p0, p1 in HOLES)
     with as_bare(cm, mine[1], HOLES, shift=True):
         assert holes.cut_out(mine[1], HOLES, shift=True)
     oracle = oracle_for(model_path("llama-bpe"))
@@ -119,7 +119,7 @@ def test_a_fork_is_shifted_and_its_twin_is_as_before(load: Callable[..., Context
     oracle.assert_exact(cm.logits(other[0]), cm.tokens(other[0]))
     assert other[1].is_exact
     # And now the twin, which has what was shared to itself.
-    assert holes.demand(other[1], HOLES, 0, shift=True).n_to_copy == 0
+    assert holes.demand(other[1], other[1].n, HOLES, 0, shift=True).n_to_copy == 0
     with as_bare(cm, other[1], HOLES, shift=True):
         assert holes.cut_out(other[1], HOLES, shift=True)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -172,14 +173,21 @@ class Evictor:
         return 0 if most is None else max(0, n_tokens - (most - asking.headroom))
 
     def narrowed(
-        self, session: Session, asking: Asking, rendered: Rendered, layout: Layout, row: Row | None
+        self,
+        session: Session,
+        asking: Asking,
+        rendered: Rendered,
+        layout: Layout,
+        row: Row | None,
+        who_goes: Callable[[Cut], object],
     ) -> Asking | None:
-        """What is asked once enough has gone to fit; None where nothing can go."""
+        """What is asked once enough has gone to fit; None where nothing can go. `who_goes` raises CapacityError where
+        no cells can be had for a cut."""
         n_needed = self._n_over(asking, len(layout.alignment.tokens))
         if not n_needed:
             return None
         layout = replace(layout, parts=self._parts(asking.conversation, rendered))
-        kept = self._kept(session, asking, layout, n_needed, row)
+        kept = None if row is None else self._kept(session, asking, layout, n_needed, row, who_goes)
         if kept is not None:
             return kept
         # Where the row does not go on behind a hole, all that follows is decoded anew.
@@ -191,19 +199,27 @@ class Evictor:
         ranges, gone = self._choose(session, asking, layout, n_needed, anew=True)
         return self._without(asking, layout, ranges, gone, None)
 
-    def _kept(self, session: Session, asking: Asking, layout: Layout, n_needed: int, row: Row | None) -> Asking | None:
+    def _kept(
+        self,
+        session: Session,
+        asking: Asking,
+        layout: Layout,
+        n_needed: int,
+        row: Row,
+        who_goes: Callable[[Cut], object],
+    ) -> Asking | None:
         """What is asked if holes can be cut into the row; None where they cannot."""
         kept, n = asking.kept, len(layout.alignment.tokens)
         if asking.expected is None and not asking.anew:
             kept = Kept(layout.alignment.tokens, np.arange(n))
-        if row is None or kept is None or row.namespace != session.namespace or not self.ways(row):
+        if kept is None or row.namespace != session.namespace or not self.ways(row):
             return None
         ranges, gone = self._choose(session, asking, layout, n_needed, anew=False)
         left = Kept(kept.tokens, kept.which[without(ranges, n)])
         holes = left.holes(row)
         n_stays = len(left.which)
-        n_more = n_stays - left.n_left(row) + min(asking.headroom, max(0, self._store.caps.n_ctx_seq - n_stays))
-        if not holes or not self._ways_through(row, left.n_of(row), holes, n_more):
+        n_more, n_free = n_stays - left.n_left(row), min(asking.headroom, max(0, self._store.caps.n_ctx_seq - n_stays))
+        if not holes or not any(True for _ in self._open(row, left.n_of(row), holes, n_more, n_free, who_goes)):
             return None
         return self._without(asking, layout, ranges, gone, left)
 
@@ -266,32 +282,31 @@ class Evictor:
         order = {"shift": ("shift", "gap"), "gap": ("gap",), "reprefill": ()}[self._overflow]
         return [way for way in order if possible[way]]
 
-    def _ways_through(self, row: Row, n: int, holes: Ranges, n_more: int) -> list[str]:
-        """The same for these holes in the row's first `n` tokens, with `n_more` to come behind them."""
-        ways = [w for w in self.ways(row) if self._holes.is_possible(row, n, holes, shift=w == "shift")]
-        runs_out = end_of(row.jumps, n) + n_more > self._store.caps.n_ctx_train
-        return [w for w in ways if w != "gap" or not runs_out]
+    def _open(
+        self, row: Row, n: int, holes: Ranges, n_more: int, n_free: int, find_cells: Callable[[Cut], object]
+    ) -> Iterator[tuple[str, Cut]]:
+        """Of these the ones in which the holes can be cut into the row's first `n` tokens now, and what each takes:
+        `n_more` tokens come behind them at once, and `n_free` more are to find a position."""
+        for way in self.ways(row):
+            shift = way == "shift"
+            if not shift and end_of(row.jumps, n) + n_more + n_free > self._store.caps.n_ctx_train:
+                continue
+            if not self._holes.is_possible(row, n, holes, shift=shift):
+                continue
+            cut = self._holes.demand(row, n, holes, n_more, shift=shift)
+            with suppress(CapacityError):
+                find_cells(cut)
+                yield way, cut
 
     def cut_out(self, row: Row, holes: Ranges, n_more: int, make_way: Callable[[Cut], object]) -> bool:
         """Take `holes` out of a row in the best way there is, so that `n_more` tokens have cells; False: in none, and
         the row is as it was, or ends at the first hole. `make_way` parks idle sessions for what a way needs."""
-        ways = self._ways_through(row, row.n, holes, n_more)
-        way = next((way for way in ways if self._is_open(way, row, holes, n_more, make_way)), "reprefill")
+        ways = self._open(row, row.n, holes, n_more, 0, make_way)
+        way = next((way for way, cut in ways if not cut.n_to_copy or self._holes.can_copy()), "reprefill")
         if way != self._overflow:
-            why = "there are no free cells to make shared ones its own"
-            if self._overflow not in ways:
-                why = self._store.caps.shift_refused_because or "the memory, or the trained length, does not allow it"
+            why = self._store.caps.shift_refused_because or "neither cells nor positions are free for it"
             self._instead.say(logger, "overflow=%r cannot be had (%s): %r instead", self._overflow, why, way)
         return way != "reprefill" and self._holes.cut_out(row, holes, shift=way == "shift")
-
-    def _is_open(self, way: str, row: Row, holes: Ranges, n_more: int, make_way: Callable[[Cut], object]) -> bool:
-        """Whether a way can be gone now; makes cells for it."""
-        cut = self._holes.demand(row, holes, n_more, shift=way == "shift")
-        try:
-            make_way(cut)
-        except CapacityError:
-            return False
-        return not cut.n_to_copy or self._holes.can_copy()
 
     def room_in(self, session: Session, seat: Seat, n_needed: int, n_sink: int) -> tuple[Ranges, Layout, list[int]]:
         """What goes from a row so that `n_needed` tokens are free in it: ranges, how it lies then, the parts gone."""

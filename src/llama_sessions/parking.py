@@ -41,7 +41,7 @@ class Parked:
     def as_row(self) -> Row:
         """A row like the one it was, for who only asks: no sequence has it."""
         row = Row(-1, self.namespace)
-        row.write(0, self.tokens, np.zeros(len(self.tokens), np.int64))
+        row.write(0, self.tokens, -1 - np.arange(len(self.tokens)))  # cells that nobody has
         row.n = len(self.tokens)
         row.set_jumps(self.jumps)
         row.mark_approximate(self.n_exact)

@@ -77,7 +77,9 @@ class Preparer:
         conversation = asking.conversation
         rendered = self._prompter.rendered(session, conversation, prompt.rendered)
         layout, asking = self._evictor.layout(session, asking, rendered, row, prompt)
-        narrowed = self._evictor.narrowed(session, asking, rendered, layout, row)
+        narrowed = self._evictor.narrowed(
+            session, asking, rendered, layout, row, lambda cut: self._parking.who_goes(cut, row, but=(session,))
+        )
         if narrowed is not None:
             return narrowed
         tokens = layout.alignment.tokens
@@ -316,7 +318,9 @@ class Preparer:
         conversation = asking.conversation
         rendered = self._prompter.rendered(session, conversation, prompt.rendered)
         layout, asking = self._evictor.layout(session, asking, rendered, row, prompt)
-        narrowed = self._evictor.narrowed(session, asking, rendered, layout, row)
+        narrowed = self._evictor.narrowed(
+            session, asking, rendered, layout, row, lambda cut: self._parking.who_goes(cut, row, but=(session,))
+        )
         if narrowed is not None:
             return narrowed
         n_evicted = asking.n_evicted

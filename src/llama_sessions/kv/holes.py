@@ -42,18 +42,18 @@ class Holes:
     def __init__(self, store: RowStore) -> None:
         self._store = store
 
-    def demand(self, row: Row, holes: Ranges, n_more: int, *, shift: bool) -> Cut:
-        """The cells for `cut_out`, and then for `n_more` tokens."""
-        first = holes[0][0]
-        stays = without(holes, row.n)
+    def demand(self, row: Row, n: int, holes: Ranges, n_more: int, *, shift: bool) -> Cut:
+        """The cells for `cut_out` from the row's first `n` tokens, and then for `n_more`."""
+        first, cells = holes[0][0], row.cells[:n]
+        stays = without(holes, n)
         if not shift:
-            return Cut(0, n_more, row.cells[stays])
-        copied = np.zeros(row.n, np.bool_)
-        copied[first:] = self._store.shared_cells(row, first)
+            return Cut(0, n_more, cells[stays])
+        copied = np.zeros(n, np.bool_)
+        copied[first:] = self._store.shared_cells(row, first)[: n - first]
         copied &= stays
         n_to_copy = int(copied.sum())
         # One at least: without a free cell nothing can be decoded, and what is pending not be ended.
-        return Cut(n_to_copy, n_to_copy + max(1, n_more), row.cells[stays & ~copied])
+        return Cut(n_to_copy, n_to_copy + max(1, n_more), cells[stays & ~copied])
 
     def is_possible(self, row: Row, n: int, holes: Ranges, *, shift: bool) -> bool:
         """Whether a window's layers still hold what the next token behind the row's first `n` will look at then: other

@@ -825,6 +825,8 @@ def test_what_was_chosen_before_an_interrupt_is_said_and_not_chosen_again(
     pool = Pool(fake())
     tickets = say(pool, "One?", "Two?", "Three?", **options)
     step_until(pool, lambda: all(t.n_generated >= 3 for t in tickets))
+    n_before = {t.generation: t.n_generated for t in tickets}
+    n_chosen: dict[Generation, int] = {}
     n_calls = 0
     choose = Generation.choose
 
@@ -833,6 +835,7 @@ def test_what_was_chosen_before_an_interrupt_is_said_and_not_chosen_again(
         n_calls += 1
         if n_calls == at:
             raise KeyboardInterrupt
+        n_chosen[self] = n_chosen.get(self, 0) + 1
         return choose(self, logits)
 
     monkeypatch.setattr(Generation, "choose", interrupted)
@@ -844,6 +847,7 @@ def test_what_was_chosen_before_an_interrupt_is_said_and_not_chosen_again(
     with pytest.raises(KeyboardInterrupt):
         hit.result()
     assert_alone(tickets, **options)
+    assert [n_chosen[t.generation] for t in tickets] == [12 - n_before[t.generation] for t in tickets]
     assert not pool._batcher._chosen
 
 

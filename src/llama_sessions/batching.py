@@ -42,7 +42,7 @@ class Batcher:
         self._by_session: dict[Session, Ticket] = {}
         self._pace = Pace(share)
         self._tally = Tally(cm.capabilities.n_batch)
-        self._chosen: dict[Ticket, int | None] = {}  # tokens that are still to be said
+        self._chosen: dict[Ticket, int | None] = {}  # tokens that are still to be said, after an interrupt too
         self._refused: Ticket | None = None  # the next in line, for whom there was no room when it was last asked
         self._refused_at = 0.0
 
@@ -77,8 +77,6 @@ class Batcher:
         """One decode for everybody. Raises only what concerns all of them."""
         started, decoded = time.perf_counter(), self._tally.step_seconds
         self._end_who_is_over()
-        if self._chosen:  # an interrupt came before they were said
-            self._sample()
         self._admit()
         packed = self._packed()
         is_short = self._decode(packed) if packed else False

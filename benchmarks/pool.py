@@ -439,7 +439,7 @@ def main() -> int:
     add("--quick", action="store_true")
     add("--only", default="together,join,leave,unified")
     add("--sessions", default=",".join(map(str, SESSIONS)))
-    add("--pairs", type=int, help="of together and unified (default: 8; with --quick: 3)")
+    add("--pairs", type=int, help="of together and unified (default: 9; with --quick: 3)")
     add("--rounds", type=int, default=1, help="of join (default: %(default)s)")
     add("--threads", type=int, default=2)
     add("--llama-server", metavar="PATH", help="without it that side is skipped")
@@ -449,8 +449,8 @@ def main() -> int:
     shape = args.shape or ("small" if args.quick else "0.5b")
     config: Result = {
         "model": str(model_file(shape)), "shape": shape, "n_ctx": 4096, "n_batch": 512, "n_ubatch": 512,
-        "n_threads": args.threads, "n_pairs": args.pairs or (3 if args.quick else 8), "n_steps": 8, "n_words": 24,
-        "n_prompt": 40, "n_tokens": 64, "llama_server": args.llama_server, "batched_bench": args.batched_bench,
+        "n_threads": args.threads, "n_pairs": args.pairs or (3 if args.quick else 9), "n_steps": 4, "n_words": 24,
+        "n_prompt": 40, "n_tokens": 96, "llama_server": args.llama_server, "batched_bench": args.batched_bench,
     }  # fmt: skip
     long = {**config, "n_long": 500 if args.quick else 2000, "n_before": 40, "n_ctx": 24576}
     reports: dict[str, Callable[[], tuple[Result, bool]]] = {

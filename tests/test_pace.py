@@ -59,6 +59,14 @@ def test_a_prompt_token_of_a_full_batch_says_nothing_about_one_beside_others() -
     assert pace.n_prompt(8, 500) == settled
 
 
+def test_one_step_that_something_else_held_up_changes_nothing() -> None:
+    pace = Pace(0.5)
+    steps(pace, 8, 40)
+    settled = pace.n_prompt(8, 500)
+    pace.note(8, settled, 100 * linear(8, settled))
+    assert pace.n_prompt(8, 500) == settled
+
+
 def test_where_nobody_talks_or_prompts_have_it_all_they_fill_the_batch() -> None:
     assert steps(Pace(0.5), 0, 2) == [500, 500]
     assert steps(Pace(1.0), 8, 2) == [500, 500]

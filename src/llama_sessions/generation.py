@@ -59,6 +59,7 @@ class Generation(Course):
         self._options = options
         self._sampler = Sampler(options, cm.capabilities.n_vocab)
         self._grammar = _form(cm, options)
+        self._may_be_forced = options.think_budget is not None or self._grammar is not None
         self._on_end: Callable[[], None] | None = None
         self._speech = Speech(ReplyParser(None, tools=False))
         self._thinking = self._thinking_of(self._speech)
@@ -198,7 +199,7 @@ class Generation(Course):
         options, sampler, thinking = self._options, self._sampler, self._thinking
         is_free = self._opened_by_prompt and self._speech.is_thinking  # no grammar is about it
         rule = None if is_free else self._grammar
-        token = thinking.forced(rule)
+        token = thinking.forced(rule) if self._may_be_forced else None
         if token is None:
             token = sampler.sample(logits, rule)
             if token is not None and is_free and self._grammar is not None:
@@ -216,20 +217,12 @@ class Generation(Course):
         """A chunk for each part; the first has the token, the last the reply."""
         if len(parts) != 1:
             parts = of_one_kind(parts) or [Part("thinking" if self._speech.is_thinking else "content", "")]
-        has_logprob = token is not None and self._logprobs
+        logprob = self._logprobs[-1] if self._logprobs and token is not None else None
         chunks = []
+        last = len(parts) - 1
         for i, part in enumerate(parts):
-            first, last = i == 0, i == len(parts) - 1
-            chunks.append(
-                Chunk(
-                    part.text,
-                    token if first else None,
-                    reply if last else None,
-                    part.kind,
-                    part.tool_call,
-                    self._logprobs[-1] if first and has_logprob else None,
-                )
-            )
+            chunks.append(Chunk(part.text, token, reply if i == last else None, part.kind, part.tool_call, logprob))
+            token = logprob = None
         return chunks
 
     def cut_short(self, stop_reason: str) -> list[Chunk]:

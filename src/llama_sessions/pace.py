@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from dataclasses import dataclass
 
 _WEIGHT = 0.25  # of the newest measurement
+_LATEST = 9  # measurements of a prompt token whose median counts: a step that something else held up is none of them
 _FIRST = 8  # prompt tokens beside others, before anything was measured
 _CAREFUL = 0.9  # of what the share allows: a step that is a little too long is noticed, one too short is not
 _AGAIN = 64  # steps with prompts after which one without shows anew what the others take
@@ -28,8 +31,8 @@ class Pace:
     def __init__(self, share: float) -> None:
         self.share = share
         self._talks: dict[int, _Talk] = {}
-        self._prompt_token: float | None = None
-        self._is_of_mixed = False  # and not of steps with prompts alone, where a token is cheaper
+        # Beside others only: in a batch of prompts alone a token is cheaper.
+        self._prompt_token: deque[float] = deque(maxlen=_LATEST)
 
     def note(self, n_next: int, n_prompt: int, seconds: float) -> None:
         """A step with `n_next` single tokens and `n_prompt` prompt tokens took so long."""
@@ -38,14 +41,11 @@ class Pace:
             if talk is None:
                 self._talks[n_next] = _Talk(seconds)
             else:
-                talk.seconds, talk.n_since = _mean(talk.seconds, seconds), 0
+                talk.seconds += _WEIGHT * (seconds - talk.seconds)
+                talk.n_since = 0
         elif talk is not None:
             talk.n_since += 1
-            each = max(seconds - talk.seconds, seconds / 20, 1e-9) / n_prompt
-            self._prompt_token = _mean(self._prompt_token if self._is_of_mixed else None, each)
-            self._is_of_mixed = True
-        elif not n_next and not self._is_of_mixed:
-            self._prompt_token = max(seconds, 1e-9) / n_prompt
+            self._prompt_token.append(max(seconds - talk.seconds, seconds / 20, 1e-9) / n_prompt)
 
     def n_prompt(self, n_next: int, n_left: int) -> int:
         """Prompt tokens for the next step, at most `n_left`, beside `n_next` single tokens. 0 where it has to be seen
@@ -55,11 +55,7 @@ class Pace:
         talk = self._talks.get(n_next)
         if talk is None or talk.n_since >= _AGAIN:
             return 0
-        if self._prompt_token is None:
+        if not self._prompt_token:
             return min(n_left, _FIRST)
         seconds = talk.seconds * self.share / (1.0 - self.share) * _CAREFUL
-        return min(n_left, max(1, int(seconds / self._prompt_token)))
-
-
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else old + _WEIGHT * (new - old)
+        return min(n_left, max(1, int(seconds / statistics.median(self._prompt_token))))

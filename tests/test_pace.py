@@ -44,7 +44,7 @@ def test_it_is_seen_again_now_and_then_as_rows_grow() -> None:
     pace = Pace(0.5)
     before = steps(pace, 8, 60)[-1]
     given = steps(pace, 8, 400, lambda n_next, n_prompt: 2 * linear(n_next, 0) + 0.002 * n_prompt)
-    assert 1 <= given.count(0) <= 400 // 50
+    assert 1 <= given.count(0) <= 400 // 20
     assert given[-1] > 1.5 * before
 
 

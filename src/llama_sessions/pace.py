@@ -6,11 +6,12 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
-_WEIGHT = 0.25  # of the newest measurement
+_MOST = 0.1  # by which one measurement of what talkers take moves what is known of it
+_ROW = 4  # tokens that llama.cpp's CPU kernels take at once: 11 cost what 12 do, and 7 more than 8
 _LATEST = 9  # measurements of a prompt token whose median counts: a step that something else held up is none of them
 _FIRST = 8  # prompt tokens beside others, before anything was measured
 _CAREFUL = 0.9  # of what the share allows: a step that is a little too long is noticed, one too short is not
-_AGAIN = 64  # steps with prompts after which one without shows anew what the others take
+_AGAIN = 24  # steps with prompts after which one without shows anew what the others take
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class Pace:
             if talk is None:
                 self._talks[n_next] = _Talk(seconds)
             else:
-                talk.seconds += _WEIGHT * (seconds - talk.seconds)
+                talk.seconds = min(max(seconds, talk.seconds * (1 - _MOST)), talk.seconds * (1 + _MOST))
                 talk.n_since = 0
         elif talk is not None:
             talk.n_since += 1
@@ -58,4 +59,6 @@ class Pace:
         if not self._prompt_token:
             return min(n_left, _FIRST)
         seconds = talk.seconds * self.share / (1.0 - self.share) * _CAREFUL
-        return min(n_left, max(1, int(seconds / statistics.median(self._prompt_token))))
+        n = int(seconds / statistics.median(self._prompt_token))
+        whole = (n_next + n + _ROW // 2 - 1) // _ROW * _ROW - n_next  # the nearest that leaves no row half empty
+        return min(n_left, max(1, whole if n >= _ROW else n))

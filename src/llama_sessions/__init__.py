@@ -11,7 +11,6 @@ with ContextManager.load("model.gguf", max_sessions=8) as cm:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .call_reader import ToolCallDelta
 from .engine import Engine
 from .errors import (
     Cancelled,
@@ -42,6 +41,7 @@ from .types import Capabilities, MemoryKind
 
 if TYPE_CHECKING:
     from .async_pool import AsyncPool
+    from .call_reader import ToolCallDelta
     from .kv.eviction import STRATEGIES, Eviction, Piece
     from .pool import Pool
     from .pool_stats import PoolStats
@@ -105,6 +105,7 @@ _WHEN_ASKED = {
     "PoolStats": "pool_stats",
     "STRATEGIES": "kv.eviction",
     "Ticket": "ticket",
+    "ToolCallDelta": "call_reader",
 }
 
 

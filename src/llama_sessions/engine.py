@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError, StateError
 from .generation import Generation
@@ -16,9 +16,10 @@ from .reply import Branch, Reply
 from .session import Session, check_session
 from .stateless import Conversations
 from .stream import Stream
-from .together import branches, check_branching
-from .tool_loop import Functions, answer_calls, checked_functions
 from .types import Message
+
+if TYPE_CHECKING:
+    from .tool_loop import Functions
 
 
 class Engine:
@@ -103,6 +104,8 @@ class Engine:
         session is as before; so it is where this is cancelled (`on_progress`) or timed out before the first token: then
         there are `n` replies with nothing but that stop reason, in copies of the session that take no slots.
         """
+        from .together import branches, check_branching  # here, as below: not everybody's import has to pay for it
+
         checked = GenerationOptions.build(options)
         check_branching(checked)
         check_session(session)
@@ -124,6 +127,8 @@ class Engine:
         that was cancelled or timed out (`timeout_s` is each reply's own). An interrupt within a function is raised: its
         call, and those behind it, then have an error as their result, and `chat(session)` goes on from there.
         """
+        from .tool_loop import answer_calls, checked_functions
+
         named = checked_functions(functions)
         check_session(session)
         if not session.tools:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .call_reader import ToolCallDelta
 from .session import Session
 from .types import FloatArray, Message
+
+if TYPE_CHECKING:
+    from .call_reader import ToolCallDelta
 
 CUT_SHORT = ("cancelled", "timeout")  # stop reasons of a reply that somebody else ended
 

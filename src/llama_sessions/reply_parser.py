@@ -12,13 +12,15 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from .call_reader import CallReader, ToolCallDelta
 from .errors import StateError
 from .json_scan import SPACE
 from .reply_format import ReplyFormat, ToolFormat
 from .stops import StopFilter, n_begun
+
+if TYPE_CHECKING:
+    from .call_reader import CallReader, ToolCallDelta
 
 Kind: TypeAlias = Literal["content", "thinking", "tool_call"]
 
@@ -250,6 +252,8 @@ class ReplyParser:
         self._takes_space = not self._space
 
     def _begin_call(self, tool_format: ToolFormat, opener: str) -> None:
+        from .call_reader import CallReader  # here: most replies call nothing, and reading it takes import time
+
         self._at += len(opener)
         self._reader = CallReader(tool_format, opener, len(self.tool_calls), self._new_id)
         self._state = "call"

@@ -263,7 +263,8 @@ class Evictor:
         ranges: Ranges = plan_eviction(request, strategy) if request.n_kept < request.n_tokens else ()
         gone = layout.gone(request, ranges, whole_turns=self._whole_turns and not anew)
         if anew:  # by the message: what is begun goes whole
-            touched = [p for p in request.pieces if not without(ranges, request.n_tokens)[p.p0 : p.p1].all()]
+            stays = without(ranges, request.n_tokens)
+            touched = [p for p in request.pieces if not stays[p.p0 : p.p1].all()]
             gone = sorted({*gone, *(p.index for p in touched)})
             at = [request.pieces[i] for i in gone]
             ranges = ranges_of(~without([(p.p0, p.p1) for p in at], request.n_tokens))

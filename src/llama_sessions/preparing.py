@@ -17,6 +17,7 @@ from .kv.prefix import Prefix
 from .kv.row import Row, common_prefix
 from .kv.snapshot import Snapshots
 from .kv.store import RowStore
+from .layout import Layout
 from .parking import Parked, Parking
 from .pending import Pending
 from .planner import Planner, check_length
@@ -75,11 +76,7 @@ class Preparer:
             seat = self._returned(session)
         row, prompt = (None, Prompt()) if seat is None else (seat.row, seat.prompt)
         conversation = asking.conversation
-        rendered = self._prompter.rendered(session, conversation, prompt.rendered)
-        layout, asking = self._evictor.layout(session, asking, rendered, row, prompt)
-        narrowed = self._evictor.narrowed(
-            session, asking, rendered, layout, row, lambda cut: self._parking.who_goes(cut, row, but=(session,))
-        )
+        rendered, layout, asking, narrowed = self._laid_out(session, asking, row, prompt)
         if narrowed is not None:
             return narrowed
         tokens = layout.alignment.tokens
@@ -307,6 +304,18 @@ class Preparer:
             stretches.append(Stretch("cache", seat.row.n - n_more, seat.row.n, restored - started))
         return n
 
+    def _laid_out(
+        self, session: Session, asking: Asking, row: Row | None, prompt: Prompt
+    ) -> tuple[Rendered, Layout, Asking, Asking | None]:
+        """The prompt, how the row will lie in it, what is asked for with that; last, where it is too long and something
+        can go, what is to be asked next."""
+        rendered = self._prompter.rendered(session, asking.conversation, prompt.rendered)
+        layout, asking = self._evictor.layout(session, asking, rendered, row, prompt)
+        narrowed = self._evictor.narrowed(
+            session, asking, rendered, layout, row, lambda cut: self._parking.who_goes(cut, row, but=(session,))
+        )
+        return rendered, layout, asking, narrowed
+
     def preview(self, session: Session, asking: Asking) -> Preview | Asking:
         """What `begin` and its steps would do; changes nothing. What is too long comes back as what is to be asked
         next."""
@@ -316,11 +325,7 @@ class Preparer:
         if seat is None and parked is not None and self._parking.can_return(session, parked, but=(session,)):
             row, prompt = parked.as_row(), parked.prompt
         conversation = asking.conversation
-        rendered = self._prompter.rendered(session, conversation, prompt.rendered)
-        layout, asking = self._evictor.layout(session, asking, rendered, row, prompt)
-        narrowed = self._evictor.narrowed(
-            session, asking, rendered, layout, row, lambda cut: self._parking.who_goes(cut, row, but=(session,))
-        )
+        _, layout, asking, narrowed = self._laid_out(session, asking, row, prompt)
         if narrowed is not None:
             return narrowed
         n_evicted = asking.n_evicted

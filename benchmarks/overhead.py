@@ -27,7 +27,7 @@ from typing import Any
 
 import llama_cpp
 from bare import Bare, sampler_chain
-from harness import Result, described, interleaved, say, serve_part, spread, table, write_json
+from harness import Inside, Result, described, interleaved, say, serve_part, spread, table, write_json
 from workload import model_file, text
 
 TARGETS = {"prepare": 2.0, "token": 0.1, "import": 50.0, "prefill": 2.0}  # ms, ms, ms, %
@@ -47,16 +47,7 @@ class Clock:
     """Measures; knows what was spent inside `llama_decode`, whoever calls it through the module (both sides do)."""
 
     def __init__(self) -> None:
-        self._inside = 0.0
-        decode = llama_cpp.llama_decode
-
-        def timed(ctx: Any, batch: Any) -> int:
-            started = time.thread_time()
-            code = decode(ctx, batch)
-            self._inside += time.thread_time() - started
-            return int(code)
-
-        llama_cpp.llama_decode = timed
+        self._inside = Inside((llama_cpp, "llama_decode"), now=time.thread_time).__enter__()  # as long as the process
 
     @contextmanager
     def measure(self) -> Iterator[Measured]:
@@ -64,11 +55,11 @@ class Clock:
         measured = Measured()
         gc.collect()
         gc.disable()
-        inside, cpu, started = self._inside, time.thread_time(), time.perf_counter()
+        inside, cpu, started = self._inside.seconds, time.thread_time(), time.perf_counter()
         try:
             yield measured
             measured.wall = time.perf_counter() - started
-            measured.own = time.thread_time() - cpu - (self._inside - inside)
+            measured.own = time.thread_time() - cpu - (self._inside.seconds - inside)
         finally:
             gc.enable()
 

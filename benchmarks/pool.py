@@ -33,7 +33,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from bare import Bare, Round, has_amx, sampler_chain
-from harness import Result, described, interleaved, run_part, say, serve_part, spread, table, write_json
+from harness import Inside, Result, described, interleaved, run_part, say, serve_part, spread, table, write_json
 from server_peer import events, serving, settings
 from workload import SHAPES, WORDS, model_file, text
 
@@ -52,35 +52,6 @@ def asking(n_words: int, i: int) -> Any:
 
 
 # -- together
-
-
-class Clock:
-    """Seconds inside `llama_decode` and inside our sampler, while it runs."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> Clock:
-        from llama_sessions.llama.sampler import Sampler
-
-        self._was = llama_cpp.llama_decode, Sampler.sample
-        llama_cpp.llama_decode, Sampler.sample = map(self._timed, self._was)  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        from llama_sessions.llama.sampler import Sampler
-
-        llama_cpp.llama_decode, Sampler.sample = self._was  # type: ignore[method-assign]
-
-    def _timed(self, call: Callable[..., Any]) -> Any:
-        def timed(*args: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return call(*args)
-            finally:
-                self.seconds += time.perf_counter() - started
-
-        return timed
 
 
 class Together:
@@ -119,12 +90,14 @@ class Together:
 
     def own_ms(self) -> float:
         """Milliseconds a session and step that are neither decode nor sampling."""
+        from llama_sessions.llama.sampler import Sampler
+
         own = []
-        with Clock() as clock:
+        with Inside((llama_cpp, "llama_decode"), (Sampler, "sample")) as inside:
             for _ in range(self.n_steps + 1):
-                before, started = clock.seconds, time.perf_counter()
+                before, started = inside.seconds, time.perf_counter()
                 self.step()
-                own.append((time.perf_counter() - started - (clock.seconds - before)) / self.n * 1e3)
+                own.append((time.perf_counter() - started - (inside.seconds - before)) / self.n * 1e3)
         return statistics.median(own[1:])
 
     def limit(self) -> float:

@@ -18,6 +18,7 @@ from oracle import oracle_for
 from test_holes import BareRow
 
 from llama_sessions import (
+    STRATEGIES,
     ContextManager,
     ContextOverflow,
     Engine,
@@ -256,6 +257,37 @@ def test_a_strategy_of_the_users_own_decides(load: Loader) -> None:
         grown(bad, session)
     assert session.window == session.messages
     assert len(bad.tokens(session)) > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_strategy_that_wants_tool_results_alone_takes_no_call_from_its_results(load: Loader, way: str) -> None:
+    def results_first(request: Any) -> list[tuple[int, int]]:
+        pieces = request.pieces
+        last = max(i for i, p in enumerate(pieces) if p.role == "user")
+        results = [(p.p0, p.p1) for p in pieces[:last] if p.role == "tool"]
+        return results or STRATEGIES["message"](request)  # type: ignore[return-value]
+
+    cm = load("llama-bpe", n_ctx=256, eviction=results_first, **WAYS[way])
+    session = Session()
+    call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    for i in range(2):
+        session.add_user(line(i))
+        session.add("assistant", "calling", tool_calls=[{"id": f"c{i}", **call}])
+        session.add_tool_result(f"it is {i}", f"c{i}")
+        session.add_assistant("done")
+    questions = [m for m in session.messages if m["role"] == "user"]
+    session.add_user("go on")
+    cm.prepare(session)
+    grown(cm, session)
+    left = [m for m in session.window if m["role"] == "tool" or "tool_calls" in m]
+    if way == "reprefill":
+        assert left == []
+        assert [m["role"] for m in session.window[:4]] == ["user", "assistant", "user", "assistant"]
+        assert session.window[0] is questions[0]
+        assert_exact(cm, session)
+    else:  # the results' tokens are gone, but what the model is told of is still a call with its result
+        assert [m["role"] for m in left] == ["assistant", "tool"] * 2
+        assert "it is 0" not in text_of(cm, session)
 
 
 def test_a_gap_goes_up_to_the_trained_length_and_then_the_window_begins_anew(load: Loader) -> None:

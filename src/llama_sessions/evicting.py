@@ -253,7 +253,7 @@ class Evictor:
     def _chosen(
         self, session: Session, layout: Layout, n_needed: int, n_sink: int, *, anew: bool
     ) -> tuple[Ranges, list[int]]:
-        from .kv.eviction import STRATEGIES, plan_eviction  # here: most programs never get as far
+        from .kv.eviction import STRATEGIES, plan_eviction, units  # here: most programs never get as far
 
         pinned = {id(m) for m in session.pinned_messages()}
         n_sink = 0 if anew else n_sink  # what is decoded anew needs none
@@ -262,10 +262,10 @@ class Evictor:
         strategy = STRATEGIES[chosen] if isinstance(chosen, str) else chosen
         ranges: Ranges = plan_eviction(request, strategy) if request.n_kept < request.n_tokens else ()
         gone = layout.gone(request, ranges, whole_turns=self._whole_turns and not anew)
-        if anew:  # by the message: what is begun goes whole
+        if anew:  # by the message, a call with its results: what is begun goes whole
             stays = without(ranges, request.n_tokens)
-            touched = [p for p in request.pieces if not stays[p.p0 : p.p1].all()]
-            gone = sorted({*gone, *(p.index for p in touched)})
+            begun = (unit for unit in units(request.pieces) if not all(stays[p.p0 : p.p1].all() for p in unit))
+            gone = sorted({*gone, *(p.index for unit in begun for p in unit if not p.is_pinned)})
             at = [request.pieces[i] for i in gone]
             ranges = ranges_of(~without([(p.p0, p.p1) for p in at], request.n_tokens))
         n_left = n_needed - sum(p1 - p0 for p0, p1 in ranges)

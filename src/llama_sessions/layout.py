@@ -80,14 +80,11 @@ class Layout:
         `whole_turns`: only together with the rest of their turn, or the template may be handed an answer without its
         question.
         """
+        from .kv.eviction import turns, units
+
         stays = without(ranges, request.n_tokens)
         gone: list[int] = []
-        groups: list[list[Piece]] = []
-        for piece in request.pieces:
-            if not groups or (piece.role == "user" if whole_turns else piece.role != "tool"):
-                groups.append([])
-            groups[-1].append(piece)
-        for group in groups:
+        for group in (turns if whole_turns else units)(request.pieces):
             left = [p for p in group if not p.is_pinned]
             held = [p for p in left if stays[max(p.p0, request.n_kept) : p.p1].any()]
             went = [p for p in left if max(p.p0, request.n_kept) < p.p1 and p not in held]

@@ -123,25 +123,35 @@ def _before_last_turn(pieces: Sequence[Piece]) -> Sequence[Piece]:
     return pieces[: _n_before_last_turn(pieces)]
 
 
-def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def turns(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """A user message with everything up to the next; what stands ahead of the first is one, too."""
+    return _groups(pieces, lambda _, piece: piece.role == "user")
+
+
+def units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Messages that go or stay together: a tool call with its results, any other alone.
 
     That an assistant's message is a call shows in the results behind it. What is of no message parts nothing.
     """
-    unit: list[Piece] = []
+    callers = "assistant", "tool"
+    return _groups(pieces, lambda first, p: p.index >= 0 and not (p.role == "tool" and first.role in callers))
+
+
+def _groups(pieces: Iterable[Piece], begins: Callable[[Piece, Piece], bool]) -> Iterator[list[Piece]]:
+    """Runs of pieces; `begins(first, piece)` says whether a piece begins a run, or belongs to that of `first`."""
+    group: list[Piece] = []
     for piece in pieces:
-        is_result = piece.role == "tool" and unit and unit[0].role in ("assistant", "tool")
-        if unit and piece.index >= 0 and not is_result:
-            yield unit
-            unit = []
-        unit.append(piece)
-    if unit:
-        yield unit
+        if group and begins(group[0], piece):
+            yield group
+            group = []
+        group.append(piece)
+    if group:
+        yield group
 
 
 def _by_unit(pieces: Iterable[Piece], n_kept: int) -> Iterator[tuple[Piece, bool]]:
     """Each piece, and whether it may go: none of its unit is pinned, or covered whole by the first `n_kept` tokens."""
-    for unit in _units(pieces):
+    for unit in units(pieces):
         stays = any(p.index >= 0 and (p.is_pinned or p.p0 < p.p1 <= n_kept) for p in unit)
         for piece in unit:
             yield piece, not stays and piece.index >= 0

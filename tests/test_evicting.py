@@ -15,7 +15,9 @@ from conversations import Loader, assert_exact, is_seated, said
 from interrupting import interrupted_everywhere
 from models import model_path
 from oracle import oracle_for
+from scripted import ids_of, reply_of, script, scripted
 from test_holes import BareRow
+from test_reasoning import QWEN, TOOLS
 
 from llama_sessions import (
     STRATEGIES,
@@ -288,6 +290,57 @@ def test_a_strategy_that_wants_tool_results_alone_takes_no_call_from_its_results
     else:  # the results' tokens are gone, but what the model is told of is still a call with its result
         assert [m["role"] for m in left] == ["assistant", "tool"] * 2
         assert "it is 0" not in text_of(cm, session)
+
+
+@pytest.mark.parametrize("eviction", ["message", "fifo"])
+@pytest.mark.parametrize("way", WAYS)
+def test_one_question_may_take_any_number_of_tool_calls(load: Loader, way: str, eviction: str) -> None:
+    """The last user turn is longer than the context: of it the oldest calls go, each with its results."""
+    cm = load("llama-bpe", n_ctx=256, eviction=eviction, n_sink=0, **WAYS[way])
+    session = said(line(0), "I see.", "How long will it take?")
+    dropped: list[Message] = []
+    for i in range(40):
+        call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+        session.add("assistant", "calling", tool_calls=[{"id": f"c{i}", **call}, {"id": f"d{i}", **call}])
+        session.add_tool_result(f"it is {i}", f"c{i}")
+        session.add_tool_result("it is late", f"d{i}")
+        cm.prepare(session)
+        dropped += reported(session).dropped
+        window = session.window
+        first = window.index(session.messages[2])
+        assert window[first]["content"] == "How long will it take?"
+        assert [m["role"] for m in window[first + 1 :]] == ["assistant", "tool", "tool"] * ((len(window) - first) // 3)
+        assert window[-3:] == session.messages[-3:]
+        assert text_of(cm, session).endswith(plain(cm, window[first:]))
+    assert cm.stats().n_evictions >= 5
+    assert dropped == session.messages[:2] + session.messages[3 : 5 + len(dropped) - 4]
+    if way != "reprefill":  # what went was cut out, not decoded anew
+        assert reported(session).n_decoded < 60
+    cm.rebuild(session)
+    assert_exact(cm, session)
+
+
+def test_a_pinned_call_of_the_last_turn_stays_and_its_neighbours_go(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    session = said("Begin!")
+    session.pin_message(0)
+    call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    for i in range(20):
+        session.add("assistant", "calling", tool_calls=[{"id": f"c{i}", **call}])
+        session.add_tool_result(f"it is {i}", f"c{i}")
+        if i == 2:
+            session.pin_message(-1)
+        cm.prepare(session)
+    shown = [m["content"] for m in session.window if m["role"] == "tool"]
+    assert (shown[0], shown[-1]) == ("it is 2", "it is 19")
+    assert len(shown) < 10
+    assert session.window[0] is session.messages[0]
+    for i in range(20, 40):  # all pinned: nothing can go
+        session.add("assistant", "calling", tool_calls=[{"id": f"c{i}", **call}])
+        session.pin_message(-1)
+        session.add_tool_result(f"it is {i}", f"c{i}")
+    with pytest.raises(ContextOverflow):
+        cm.prepare(session)
 
 
 def test_a_gap_goes_up_to_the_trained_length_and_then_the_window_begins_anew(load: Loader) -> None:
@@ -704,7 +757,7 @@ def test_a_reply_of_many_times_the_window_goes_on_without_a_stop(load: Loader, w
     cm.pin(neighbour)
     before = cm.logits(neighbour).copy()
     session = said("Who?", "I.", "And?", "No.")
-    n = 20 * 256 if way != "reprefill" else 5 * 256
+    n = 20 * 256
     reply = Engine(cm).chat(session, "Go!", max_tokens=n, seed=1, logit_bias=no_end(cm))
     assert (reply.stop_reason, reply.n_generated, len(reply.tokens)) == ("length", n, n)
     assert session.messages[-1]["content"] == reply.text
@@ -723,6 +776,48 @@ def test_a_reply_of_many_times_the_window_goes_on_without_a_stop(load: Loader, w
     oracle.assert_exact(cm.logits(session), cm.tokens(session))
 
 
+@pytest.mark.parametrize("within", ["thinking", "text", "call"])
+@pytest.mark.parametrize("way", WAYS)
+def test_thinking_and_a_tool_call_go_on_over_the_wall(load: Loader, way: str, within: str) -> None:
+    """What is within a tag, or a call's JSON, when its beginning leaves the row is taken apart as if it had stayed."""
+    cm = load("llama-bpe", n_ctx=512, chat_template=QWEN, **WAYS[way])
+    long = {name: " ".join(["abc"] * (400 if name == within else 2)) for name in ("thinking", "text", "call")}
+    call = {"name": "add", "arguments": {"a": long["call"]}}
+    spoken = f"<think>{long['thinking']}</think>{long['text']}<tool_call>{json.dumps(call)}</tool_call>"
+    session = said("Who?", "I.", "And?", "No.")
+    session.tools = TOOLS
+    chunks = list(scripted(Engine(cm), session, "2 + 3?", spoken, by_byte=True))
+    reply = chunks[-1].reply
+    assert reply is not None
+    assert cm.stats().n_evictions >= 3
+    assert reply.n_generated > 3 * 512
+    assert (reply.thinking, reply.text) == (long["thinking"], long["text"])
+    (made,) = reply.tool_calls
+    assert (made["function"]["name"], json.loads(made["function"]["arguments"])) == ("add", {"a": long["call"]})
+    assert "".join(c.text for c in chunks if c.kind == "thinking") == long["thinking"]
+    assert "".join(c.text for c in chunks if c.kind == "content") == long["text"]
+    session.add_tool_result("5", made["id"])
+    if within != "thinking":  # a message that is longer than the context, and part of what is to be answered
+        with pytest.raises(ContextOverflow):
+            cm.prepare(session)
+    session.add_assistant("5.")
+    session.add_user("Thanks!")
+    cm.prepare(session)
+    cm.rebuild(session)
+    assert_exact(cm, session)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_think_budget_counts_on_over_the_wall(load: Loader, way: str) -> None:
+    cm = load("llama-bpe", n_ctx=256, chat_template=QWEN, **WAYS[way])
+    session, budget = said("Who?", "I.", "And?", "No."), 600
+    thoughts = ids_of(cm, "a" * 2000, by_byte=True)
+    stream = Engine(cm).stream(session, "Why?", think_budget=budget, max_tokens=budget + 20)
+    reply = reply_of(script(stream, [*ids_of(cm, "<think>"), *thoughts[:budget], *ids_of(cm, "So.")]))
+    assert cm.stats().n_evictions >= 3
+    assert (reply.thinking, reply.text, reply.stop_reason) == ("a" * budget, "So.", "stop")
+
+
 @pytest.mark.parametrize("shares_all", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_eight_streams_that_share_a_prefix_go_on_when_cells_run_out(load: Loader, way: str, shares_all: bool) -> None:
@@ -735,7 +830,7 @@ def test_eight_streams_that_share_a_prefix_go_on_when_cells_run_out(load: Loader
     cm.pin(neighbour)
     before = cm.logits(neighbour).copy()
     sessions = [said(line(0 if shares_all else i), "Yes.") for i in range(8)]
-    engine, n = Engine(cm), 160
+    engine, n = Engine(cm), 160 if shares_all else 20 * 512 // 8
     streams = [engine.stream(s, "Go!", max_tokens=n, seed=i, logit_bias=no_end(cm)) for i, s in enumerate(sessions)]
     for _ in range(n):
         for stream in streams:
@@ -747,6 +842,7 @@ def test_eight_streams_that_share_a_prefix_go_on_when_cells_run_out(load: Loader
     cm.append(neighbour, 70)
     oracle.assert_exact(cm.logits(neighbour), cm.tokens(neighbour))
     for session in sessions:
+        session.add_user("And now?")  # a reply that is longer than the window goes from it
         cm.rebuild(session)
         oracle.assert_exact(cm.logits(session), cm.tokens(session))
 

@@ -15,7 +15,16 @@ import pytest
 from hypothesis import given, settings
 
 from llama_sessions import OptionError
-from llama_sessions.kv.eviction import STRATEGIES, Eviction, Piece, Strategy, by_message, by_tokens, plan_eviction
+from llama_sessions.kv.eviction import (
+    STRATEGIES,
+    Eviction,
+    Piece,
+    Strategy,
+    by_message,
+    by_tokens,
+    earlier_steps,
+    plan_eviction,
+)
 from llama_sessions.options import ManagerOptions
 
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool", ".": ""}
@@ -153,6 +162,19 @@ def test_fifo_passes_over_what_is_pinned_and_stops_at_the_last_user_turn() -> No
 def test_fifo_takes_tokens_of_no_message_with_their_piece_or_between_two_that_go() -> None:
     assert fifo("..-", 15) == [(0, 15)]
     assert fifo("-u-a-U-.-u-") == [(10, 40), (70, 80)]
+
+
+# -- within the last turn
+
+
+def test_of_the_last_turn_the_oldest_calls_go_with_their_results_and_no_more_than_it_takes() -> None:
+    request = asked("uauattatat")
+    assert earlier_steps(request, 1) == earlier_steps(request, 30) == [(30, 60)]
+    assert earlier_steps(request, 31) == earlier_steps(request, 1000) == [(30, 80)]
+    assert earlier_steps(asked("uauattAtat"), 1000) == [(30, 60)]
+    assert earlier_steps(asked("uauaTtatat"), 1000) == [(60, 80)]
+    assert earlier_steps(asked("u"), 1) == earlier_steps(asked("ua"), 1) == earlier_steps(asked("uatt"), 1) == []
+    assert earlier_steps(asked("atat"), 1) == earlier_steps(asked(""), 1) == []
 
 
 # -- a strategy of the user's own
@@ -335,11 +357,17 @@ def after_turns(request: Eviction) -> list[set[int]]:
     """The tokens that are gone after none, one, two ... of the turns that may go."""
     pieces = request.pieces[: last_turn(request)]
     messages = [p for p in pieces if p.index >= 0]
+    ends = [i for i, p in enumerate(messages) if p.role == "user" and i] + [len(messages)]
+    return after(request, pieces, ends)
+
+
+def after(request: Eviction, pieces: Sequence[Piece], ends: Sequence[int]) -> list[set[int]]:
+    """The tokens that are gone after none of the messages in `pieces`, and after the first of them up to each end."""
+    messages = [p for p in pieces if p.index >= 0]
     able = [
         p for p in messages if not any(q.is_pinned or q.p0 < q.p1 <= request.n_kept for q in exchange_of(messages, p))
     ]
     seen = [p for p in pieces if p.index >= 0 or p.is_pinned]
-    ends = [i for i, p in enumerate(messages) if p.role == "user" and i] + [len(messages)]
     return [set(), *(with_holes(request, [p for p in messages[:end] if p in able], seen) for end in ends)]
 
 
@@ -377,6 +405,18 @@ def test_fifo_takes_the_first_of_all_tokens_that_can_go(request: Eviction) -> No
     able = sorted(with_holes(request, [p for p in pieces if not p.is_pinned], pieces))
     expected = able[: max(request.n_needed, len(able) // 4)]
     assert sorted(tokens(plan_eviction(request, by_tokens))) == expected
+
+
+@settings(max_examples=600, deadline=None)
+@given(requests())
+def test_of_the_last_turn_exchanges_go_as_the_oldest_turns_do(request: Eviction) -> None:
+    """As if each were a turn of its own, behind a question that is pinned and ahead of one that must stay."""
+    pieces = request.pieces[last_turn(request) + 1 :]
+    messages = [p for p in pieces if p.index >= 0]
+    begins = [i for i, p in enumerate(messages) if exchange_of(messages, p)[0] is p]
+    steps = after(request, pieces, begins[1:])
+    enough = next((step for step in steps if len(step) >= request.n_needed), steps[-1])
+    assert tokens(earlier_steps(request, request.n_needed)) == enough
 
 
 @settings(max_examples=600, deadline=None)

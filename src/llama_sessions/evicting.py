@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .errors import CapacityError
 from .hooks import Hooks
-from .kv.alignment import Alignment, Ranges, ranges_of, without
+from .kv.alignment import Alignment, Ranges, ranges_of, size_of, without
 from .kv.holes import Cut, Holes
 from .kv.row import Row, common_prefix, end_of
 from .kv.store import RowStore
@@ -253,23 +253,24 @@ class Evictor:
     def _chosen(
         self, session: Session, layout: Layout, n_needed: int, n_sink: int, *, anew: bool
     ) -> tuple[Ranges, list[int]]:
-        from .kv.eviction import STRATEGIES, plan_eviction, units  # here: most programs never get as far
+        from .kv.eviction import STRATEGIES, earlier_steps, plan_eviction, units  # here: most programs never come here
 
         pinned = {id(m) for m in session.pinned_messages()}
         n_sink = 0 if anew else n_sink  # what is decoded anew needs none
         request = layout.request(n_needed, layout.n_head + n_sink, pinned)
         chosen = "message" if anew and self._whole_turns else self._strategy
         strategy = STRATEGIES[chosen] if isinstance(chosen, str) else chosen
-        ranges: Ranges = plan_eviction(request, strategy) if request.n_kept < request.n_tokens else ()
-        gone = layout.gone(request, ranges, whole_turns=self._whole_turns and not anew)
+        n = request.n_tokens
+        ranges: Ranges = plan_eviction(request, strategy) if request.n_kept < n else ()
         if anew:  # by the message, a call with its results: what is begun goes whole
-            stays = without(ranges, request.n_tokens)
+            stays = without(ranges, n)
             begun = (unit for unit in units(request.pieces) if not all(stays[p.p0 : p.p1].all() for p in unit))
-            gone = sorted({*gone, *(p.index for unit in begun for p in unit if not p.is_pinned)})
-            at = [request.pieces[i] for i in gone]
-            ranges = ranges_of(~without([(p.p0, p.p1) for p in at], request.n_tokens))
-        n_left = n_needed - sum(p1 - p0 for p0, p1 in ranges)
-        return layout.extended(ranges, n_left), gone
+            ranges = ranges_of(~without([(p.p0, p.p1) for unit in begun for p in unit if not p.is_pinned], n))
+        n_left = n_needed - size_of(ranges)
+        if n_left > 0:
+            ranges = ranges_of(~without([*ranges, *earlier_steps(request, n_left)], n))
+        gone = layout.gone(request, ranges, whole_turns=self._whole_turns and not anew)
+        return layout.extended(ranges, n_needed - size_of(ranges)), gone
 
     # -- doing it
 

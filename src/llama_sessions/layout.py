@@ -11,7 +11,7 @@ from .kv.alignment import Alignment, Ranges, without
 from .types import Message
 
 if TYPE_CHECKING:
-    from .kv.eviction import Eviction, Piece
+    from .kv.eviction import Eviction
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,19 @@ class Layout:
 
     def request(self, n_needed: int, n_kept: int, pinned: Set[int]) -> Eviction:
         """What a strategy is to be asked. `pinned`: ids of the message dicts that stay, and their turns with them: an
-        answer without its question, or the other way round, is what many templates refuse."""
+        answer without its question, or the other way round, is what many templates refuse. The question of the last
+        turn stays in any case."""
         from .kv.eviction import Eviction, Piece
 
         turns = list(accumulate(part.role == "user" for part in self.parts))
         kept = {turn for turn, part in zip(turns, self.parts, strict=True) if id(part.message) in pinned}
+        if self.parts and turns[-1]:
+            kept.discard(turns[-1])
         pieces = []
         for i, part in enumerate(self.parts):
             # The last one is what is to be answered, or to go on, whoever said it.
-            stays = part.message is None or turns[i] in kept or i == len(self.parts) - 1
+            is_last = i == len(self.parts) - 1
+            stays = part.message is None or turns[i] in kept or id(part.message) in pinned or is_last
             pieces.append(Piece(i, part.role, *self.alignment.place(part.p0, part.p1), stays))
         return Eviction(n_needed, len(self.alignment.tokens), n_kept, tuple(pieces))
 
@@ -80,11 +84,11 @@ class Layout:
         `whole_turns`: only together with the rest of their turn, or the template may be handed an answer without its
         question.
         """
-        from .kv.eviction import turns, units
+        from .kv.eviction import leaving_together
 
         stays = without(ranges, request.n_tokens)
         gone: list[int] = []
-        for group in (turns if whole_turns else units)(request.pieces):
+        for group in leaving_together(request.pieces, whole_turns=whole_turns):
             left = [p for p in group if not p.is_pinned]
             held = [p for p in left if stays[max(p.p0, request.n_kept) : p.p1].any()]
             went = [p for p in left if max(p.p0, request.n_kept) < p.p1 and p not in held]

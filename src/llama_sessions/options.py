@@ -125,7 +125,8 @@ class ManagerOptions:
     n_ctx_seq less that loses something first. `eviction`: what goes: "message" (whole turns, oldest first), "fifo"
     (the oldest tokens, a quarter of what can go at once), or a function from `Eviction` to token ranges. `n_sink`: the
     first tokens behind the system text stay in the row, whatever they belong to (the `sink_fn` hook says it for each
-    session). A system text, messages pinned with `Session.pin_message` and the last user turn always stay.
+    session). A system text, messages pinned with `Session.pin_message` and the last user turn always stay; of a turn
+    with many tool calls the oldest go, with their results, where there would be no room else.
 
     `overflow`: what becomes of the KV behind a hole. "shift": it moves up, for two native operations a hole and one
     rotation of K; where others share its cells it needs as many free ones. "gap": it stays at its positions, up to the

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .errors import CapacityError, SnapshotError
 from .evicting import Asking, Evictor, Kept
+from .kv.alignment import size_of
 from .kv.holes import Cut
 from .kv.plan import Plan
 from .kv.prefix import Prefix
@@ -129,7 +130,7 @@ class Preparer:
         ranges, layout, gone = self._evictor.room_in(session, seat, n_needed, n_sink)
         if not ranges:
             return 0
-        n_gone = sum(p1 - p0 for p0, p1 in ranges)
+        n_gone = size_of(ranges)
         self._snapshots.keep(row)
         done = self._evictor.cut_out(row, ranges, 0, self._way_for(session, row))
         if row.n == n:

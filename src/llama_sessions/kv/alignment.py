@@ -29,6 +29,11 @@ def ranges_of(goes: npt.NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
+def size_of(ranges: Ranges) -> int:
+    """How many indices are in ranges that do not overlap."""
+    return sum(p1 - p0 for p0, p1 in ranges)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Alignment:
     """The tokens of a row beside those of the prompt it was cut from.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TypeAlias
 
 from ..errors import OptionError
@@ -35,8 +35,9 @@ class Eviction:
     """What a strategy is asked: at least `n_needed` (1 or more) of `n_tokens` tokens must go.
 
     `n_kept`: the first so many stay whatever they belong to. What also stays: pinned pieces, and the last piece whose
-    role is "user" with everything behind it. Fewer than `n_needed` may go, where no more can. `pieces` are the
-    messages of the window in order (a reply under way is in none).
+    role is "user" with everything behind it (if need be its earlier tool calls go afterwards, with their results).
+    Fewer than `n_needed` may go, where no more can. `pieces` are the messages of the window in order (a reply under way
+    is in none).
 
     A strategy is a pure function from this to the token ranges `[p0, p1)` that go, in any order, without overlap; what
     breaks these rules is an OptionError. A message leaves the window once none of its tokens is left, a tool call only
@@ -65,15 +66,7 @@ def by_message(request: Eviction) -> list[TokenRange]:
     results (which follow their call at once) and the call stay together. A message of which `n_kept` covers a part
     loses the rest; one that it covers whole counts as pinned. Tokens of no message go where those before and behind go.
     """
-    pieces = [p for p in _before_last_turn(request.pieces) if p.index >= 0 or p.is_pinned]
-    ranges: list[TokenRange] = []
-    n_gone = 0
-    for piece, (p0, p1) in zip(pieces, _ranges(_by_unit(pieces, request.n_kept), request.n_kept), strict=True):
-        if piece.role == "user" and n_gone >= request.n_needed:
-            break
-        _add(ranges, p0, p1)
-        n_gone += p1 - p0
-    return ranges
+    return _oldest(_before_last_turn(request.pieces), request.n_needed, request.n_kept, turns)
 
 
 def by_tokens(request: Eviction) -> list[TokenRange]:
@@ -112,7 +105,32 @@ def plan_eviction(request: Eviction, strategy: Strategy) -> tuple[TokenRange, ..
     return tuple(merged)
 
 
+def earlier_steps(request: Eviction, n_needed: int) -> list[TokenRange]:
+    """Of the last user turn what can go before there is no room at all: its calls with their results, oldest first and
+    no more than it takes. The question stays, and the last call, or whatever is to be answered; so does a call with
+    something pinned. O(n)."""
+    steps = list(units(request.pieces[_n_before_last_turn(request.pieces) + 1 :]))
+    return _oldest([p for step in steps[:-1] for p in step], n_needed, request.n_kept, units)
+
+
 # -- within
+
+
+def _oldest(
+    pieces: Iterable[Piece], n_needed: int, n_kept: int, groups: Callable[[Iterable[Piece]], Iterator[list[Piece]]]
+) -> list[TokenRange]:
+    """What goes of the oldest groups, and of no group more than it takes."""
+    able = [p for p in pieces if p.index >= 0 or p.is_pinned]
+    went = _ranges(_by_unit(able, n_kept), n_kept)
+    ranges: list[TokenRange] = []
+    n_gone = 0
+    for group in groups(able):
+        if n_gone >= n_needed:
+            break
+        for _, (p0, p1) in zip(group, went, strict=False):
+            _add(ranges, p0, p1)
+            n_gone += p1 - p0
+    return ranges
 
 
 def _n_before_last_turn(pieces: Sequence[Piece]) -> int:
@@ -135,6 +153,12 @@ def units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """
     callers = "assistant", "tool"
     return _groups(pieces, lambda first, p: p.index >= 0 and not (p.role == "tool" and first.role in callers))
+
+
+def leaving_together(pieces: Sequence[Piece], *, whole_turns: bool) -> Iterator[list[Piece]]:
+    """What leaves the window together: units; `whole_turns`: turns, but for the last, in which units may go."""
+    n = _n_before_last_turn(pieces) if whole_turns else 0
+    return chain(turns(pieces[:n]), units(pieces[n:]))
 
 
 def _groups(pieces: Iterable[Piece], begins: Callable[[Piece, Piece], bool]) -> Iterator[list[Piece]]:

@@ -121,9 +121,11 @@ class Batch:
 
 
 class Round:
-    """A `llama_batch` of the next token of several sequences, with logits for each."""
+    """A `llama_batch` of the next token of several sequences, with logits for each but the last `n_without`."""
 
-    def __init__(self, tokens: Sequence[int], positions: Sequence[int], seq_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokens: Sequence[int], positions: Sequence[int], seq_ids: Sequence[int], n_without: int = 0
+    ) -> None:
         n = len(tokens)
         self.token = (ctypes.c_int32 * n)(*tokens)
         self.pos = (ctypes.c_int32 * n)(*positions)
@@ -131,7 +133,7 @@ class Round:
         self._seqs = [(ctypes.c_int32 * 1)(seq_id) for seq_id in seq_ids]
         pointer = ctypes.POINTER(ctypes.c_int32)
         self._seq_id = (pointer * n)(*[ctypes.cast(seq, pointer) for seq in self._seqs])
-        self._logits = (ctypes.c_int8 * n)(*[1] * n)
+        self._logits = (ctypes.c_int8 * n)(*[1] * (n - n_without), *[0] * n_without)
         self.native = llama_cpp.llama_batch(
             n_tokens=n,
             token=self.token,

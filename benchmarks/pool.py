@@ -238,7 +238,8 @@ def join(config: Result) -> Result:
         pool.close()
     bare_s = join_bare(config, lengths, np.diff(given).tolist())
     return {
-        "bare_s": bare_s, "n_long": late.result().n_prompt, "alone_s": alone, "first_s": first, "n_steps": len(during) // 8,
+        "bare_s": bare_s, "n_long": late.result().n_prompt, "alone_s": alone, "first_s": first,
+        "n_steps": len(during) // 8,
         "without_s": float(np.percentile(without, 95)), "during_s": float(np.percentile(during, 95)),
         "median_without_s": statistics.median(without), "median_during_s": statistics.median(during),
     }  # fmt: skip

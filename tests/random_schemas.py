@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from llama_sessions.llama.grammar import CANDIDATE, Grammar
+from llama_sessions.llama.grammar import Grammar
 from llama_sessions.llama.vocab import LlamaVocab
+from llama_sessions.types import CANDIDATE
 
 NAMES = [
     "a",

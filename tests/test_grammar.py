@@ -19,10 +19,11 @@ from llama_sessions.gbnf import check_gbnf
 from llama_sessions.json_schema import plain_schema, schema_text
 from llama_sessions.llama import grammar as grammar_module
 from llama_sessions.llama import schema as schema_module
-from llama_sessions.llama.grammar import CANDIDATE, Grammar, Grammars
+from llama_sessions.llama.grammar import Grammar, Grammars
 from llama_sessions.llama.model import Model
 from llama_sessions.llama.schema import gbnf_of_schema
 from llama_sessions.llama.vocab import LlamaVocab
+from llama_sessions.types import CANDIDATE
 
 
 @pytest.fixture(scope="module")

@@ -125,9 +125,13 @@ class Context(Protocol):
     def close(self) -> None: ...
 
 
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""A token that may be next, as llama.cpp's samplers take them (`llama_token_data`)."""
+
+
 class Constraint(Protocol):
     """What a reply must be, token by token. `restrict` sets the logits of what is not allowed to -inf in the first `n`
-    of an array with the fields id, logit and p."""
+    of an array of `CANDIDATE`."""
 
     def allows(self, token: int) -> bool: ...
     def restrict(self, candidates: npt.NDArray[Any], n: int) -> None: ...

@@ -109,15 +109,7 @@ class Holes:
         if shared.any():
             cells[first:][shared] = store.new_cells(int(shared.sum()))
         self._move(row, old, new)
-        row.write(first, tokens[first:], cells[first:])
-        row.n = len(tokens)
-        row.set_jumps(_jumps_of(left))
-        row.mark_approximate(first)
-        if not store.is_as_booked(row):
-            store.cut(row, 0)
-            return False
-        row.suspect = None
-        return True
+        return store.commit(row, first, tokens[first:], cells[first:], n_exact=first, jumps=_jumps_of(left))
 
     def _make_own(self, row: Row, positions: npt.NDArray[np.int64]) -> None:
         """Give the row cells of its own at these positions. SnapshotError where llama.cpp has no room."""

@@ -220,16 +220,11 @@ class RowStore:
             self.sequences.copy(src.seq_id, dst.seq_id, end_of(src.jumps, p0), end_of(src.jumps, p1))
         if whole_only and p1 < src.n:
             self.sequences.remove(dst.seq_id, end_of(src.jumps, p1))
-        dst.write(p0, src.tokens[p0:p1], src.cells[p0:p1])
-        dst.n = p1
-        if p1 > src.n_exact:
-            dst.mark_approximate(src.n_exact)
-            dst.set_jumps(tuple(jump for jump in src.jumps if jump[0] < p1))
-        if not self.is_as_booked(dst):
-            self.cut(dst, 0)
-            return False
-        dst.suspect = None
-        return True
+        tokens, cells = src.tokens[p0:p1], src.cells[p0:p1]
+        if p1 <= src.n_exact:
+            return self.commit(dst, p0, tokens, cells)
+        jumps = tuple(jump for jump in src.jumps if jump[0] < p1)
+        return self.commit(dst, p0, tokens, cells, n_exact=src.n_exact, jumps=jumps)
 
     def share_again(self, share: Share, row: Row) -> int:
         """Give `row` the cells `[0, p1)` that a share says, in place of cells of its own with the same tokens, or at
@@ -243,12 +238,7 @@ class RowStore:
         self.spoil(row, 0)
         self.sequences.remove(row.seq_id, 0, p1)
         self.sequences.copy(src.seq_id, row.seq_id, 0, p1)
-        row.write(0, src.tokens[:p1], src.cells[:p1])
-        if not self.is_as_booked(row):
-            self.cut(row, 0)
-            return 0
-        row.suspect = None
-        return p1
+        return p1 if self.commit(row, 0, src.tokens[:p1], src.cells[:p1]) else 0
 
     def finish_pending(self) -> bool:
         """Let llama.cpp do what it has put off, by decoding a token in the scratch; whether nothing is pending."""
@@ -350,12 +340,8 @@ class RowStore:
             row.n = p0
             self.cut(row, p0)
             return False
-        row.write(p0, tokens[p0:p1], self.new_cells(p1 - p0))
-        row.n = p1
-        if not self.is_as_booked(row):
-            self.cut(row, 0)
+        if not self.commit(row, p0, tokens[p0:p1], self.new_cells(p1 - p0)):
             return False
-        row.suspect = None
         self.sequences.costs.note_restore(p1 - p0, time.perf_counter() - started)
         return True
 
@@ -369,15 +355,7 @@ class RowStore:
             logger.warning("a parked row could not be restored and is decoded instead: %s", e)
             self.cut(row, 0)
             return False
-        row.write(0, tokens, self.new_cells(len(tokens)))
-        row.n = len(tokens)
-        row.set_jumps(jumps)
-        row.mark_approximate(n_exact)
-        if not self.is_as_booked(row):
-            self.cut(row, 0)
-            return False
-        row.suspect = None
-        return True
+        return self.commit(row, 0, tokens, self.new_cells(len(tokens)), n_exact=n_exact, jumps=jumps)
 
     # -- native
 
@@ -395,6 +373,33 @@ class RowStore:
         row.suspect = n_sure if row.suspect is None else min(n_sure, row.suspect)
         row.logits = None
         self._n_unique = None
+
+    def commit(
+        self,
+        row: Row,
+        at: int,
+        tokens: TokenArray,
+        cells: npt.NDArray[np.int64],
+        *,
+        n_exact: int | None = None,
+        jumps: Jumps | None = None,
+    ) -> bool:
+        """The end of a change: from token `at` on the row holds these, and behind them what it held before.
+
+        `n_exact`: it is approximate from there on; `jumps`: its gaps now (None: as before). False: llama.cpp does not
+        hold what was expected; the row is then empty.
+        """
+        row.write(at, tokens, cells)
+        row.n = max(row.n, at + len(tokens))
+        if jumps is not None:
+            row.set_jumps(jumps)
+        if n_exact is not None:
+            row.mark_approximate(n_exact)
+        if not self.is_as_booked(row):
+            self.cut(row, 0)
+            return False
+        row.suspect = None
+        return True
 
     def is_as_booked(self, row: Row) -> bool:
         """Whether llama.cpp agrees on where the row ends, and still holds what its next token will look at."""

@@ -21,13 +21,12 @@ from ..errors import OptionError, StateError
 from ..gbnf import check_gbnf
 from ..memo import Memo
 from ..options import checked_int
+from ..types import CANDIDATE
 from .deep_stack import on_a_deep_stack
 from .log import capture
 from .vocab import LlamaVocab
 
 logger = logging.getLogger("llama_sessions")
-
-CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 _N_COMPILED = 32  # grammars that a vocabulary keeps, at most 4 MB each
 # Seconds of processor time for one token, which takes 10 us, or 20 ms with 4000 stacks. Where long alternatives begin

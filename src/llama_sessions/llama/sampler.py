@@ -13,12 +13,11 @@ import numpy.typing as npt
 
 from ..errors import OptionError
 from ..generation_options import GenerationOptions
-from ..types import Constraint, FloatArray
+from ..types import CANDIDATE, Constraint, FloatArray
 
 _N_PENALTY = 64  # tokens of prompt and reply that the penalties look at
 Ids: TypeAlias = npt.NDArray[np.intp]
 
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _COLDEST = 1e-20  # below it logits divided by the temperature overflow: the same as greedy
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 _BLOCK = 128  # logits
@@ -72,7 +71,7 @@ class Sampler:
     """
 
     def __init__(self, options: GenerationOptions, n_vocab: int) -> None:
-        self._candidates = np.zeros(n_vocab, _CANDIDATE)
+        self._candidates = np.zeros(n_vocab, CANDIDATE)
         self._ids, self._logits = self._candidates["id"], self._candidates["logit"]
         self._in_order = False  # candidate i is token i
         self._array = llama_cpp.llama_token_data_array()

@@ -71,6 +71,7 @@ class Overview:
             radix=self.snapshots.stats,
             n_sessions=len(self.seats),
             n_parked=len(self.parking),
+            n_approximate=sum(not seat.row.is_exact for seat in self.seats.seats()) + self.parking.n_approximate,
             n_cells_total=self.store.caps.n_cells,
             n_cells_used=int(n_used),
             n_cells_unique=int(n_unique),

@@ -72,6 +72,14 @@ class Parking:
     def __len__(self) -> int:
         return len(self._parked)
 
+    @property
+    def n_approximate(self) -> int:
+        """How many of them are kept as they were, since nobody can compute that again. For any thread, without the
+        lock."""
+        sessions = [ref() for ref in self._parked.keyrefs()]
+        parked = [self._parked.get(session) for session in sessions if session is not None]
+        return sum(each is not None and each.owner is not None for each in parked)
+
     def get(self, session: Session) -> Parked | None:
         """What is remembered of a parked session; None for one that is not."""
         return self._parked.get(session)

@@ -53,8 +53,9 @@ _HELP = {
     "n_generated_tokens": "tokens generated",
     "step_seconds": "time spent in decode",
     "own_seconds": "time spent between decodes",
+    "batch_fill": "tokens of all steps so far, of what would have filled their batches",
 }
-_GAUGES = ("n_waiting", "n_running", "n_paused")
+_GAUGES = ("n_waiting", "n_running", "n_paused", "batch_fill")
 
 
 class Tally:

@@ -110,7 +110,8 @@ class RadixStats:
 class Stats:
     """The manager's counters: of slots, sessions and the cache as they are now, the rest as of the last finished call.
 
-    Slots count sessions only; `n_sessions` have one, `n_parked` gave theirs up. `n_cells_used` sums the tokens of all
+    Slots count sessions only; `n_sessions` have one, `n_parked` gave theirs up; of both together `n_approximate` have
+    KV that is approximate, after an eviction. `n_cells_used` sums the tokens of all
     rows, `n_cells_unique` counts a shared cell once; `n_cells_total` None: each row has cells of its own (or needs
     none). Native operations are `llama_memory_seq_*` calls that change something.
     """
@@ -126,6 +127,7 @@ class Stats:
     radix: RadixStats = field(default_factory=RadixStats)
     n_sessions: int = 0
     n_parked: int = 0
+    n_approximate: int = 0
     n_cells_total: int | None = None
     n_cells_used: int = 0
     n_cells_unique: int = 0

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from llama_sessions import ContextManager, Engine, Reply, Session, Stream
 
 
@@ -61,3 +63,16 @@ def wish(stream: Stream, ids: Iterable[int]) -> Stream:
 
     generation.choose = choose_what_is_wanted  # type: ignore[method-assign]
     return stream
+
+
+def logits_seen(stream: Stream) -> list[np.ndarray]:
+    """Copies of the logits that each token of a stream without a grammar is chosen from, as they come."""
+    sampler, seen = stream._generation._sampler, []
+    real = sampler.sample
+
+    def recorded(logits: np.ndarray, grammar: Any = None) -> int | None:
+        seen.append(logits.copy())
+        return real(logits)
+
+    sampler.sample = recorded  # type: ignore[method-assign]
+    return seen

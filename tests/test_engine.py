@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from models import model_path
 from oracle import Oracle, oracle_for
-from scripted import only_text
+from scripted import logits_seen, only_text
 
 from llama_sessions import (
     CapacityError,
@@ -620,14 +620,7 @@ def test_penalties_act_over_the_last_64_tokens_of_prompt_and_reply(
 ) -> None:
     session = Session()
     stream = engine.stream(session, "Who are you?", max_tokens=60, **GREEDY, **options)
-    sampler = stream._generation._sampler
-    real, seen = sampler.sample, []
-
-    def recorded(logits: np.ndarray, grammar: Any = None) -> int | None:
-        seen.append(logits.copy())
-        return real(logits)
-
-    sampler.sample = recorded  # type: ignore[method-assign]
+    seen = logits_seen(stream)
     acted = 0
     for chunk in stream:
         row = [int(t) for t in cm.tokens(session)]
@@ -920,7 +913,7 @@ def test_a_session_that_is_streaming_is_held(cm: ContextManager, engine: Engine)
         lambda: cm.release(session),
         lambda: cm.begin(session),
     ):
-        with pytest.raises(StateError, match="finish or close its stream first"):
+        with pytest.raises(StateError, match="finish or close its stream first, or wait for its ticket"):
             call()
     assert session.messages == before
     assert len(cm.tokens(session)) == session.n_past  # reading is allowed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from conversations import Loader, assert_exact, is_seated, said
 from interrupting import interrupted_everywhere
 from models import model_path
 from oracle import oracle_for
-from scripted import ids_of, reply_of, script, scripted
+from scripted import ids_of, logits_seen, reply_of, script, scripted
+from test_engine import penalised
 from test_holes import BareRow
 from test_reasoning import QWEN, TOOLS
 
@@ -410,6 +412,28 @@ def preview_is_true(cm: ContextManager, session: Session) -> None:
         report.n_evicted,
         True,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "instead"),
+    [
+        ("llama-yarn", {}, "gap"),
+        ("llama-bpe", {"overflow": "gap"}, "reprefill"),  # trained for no more than n_ctx
+        ("hybrid", {}, "reprefill"),
+        ("gemma3", {"swa_full": False}, "reprefill"),
+    ],
+)
+def test_a_way_that_cannot_be_had_is_said_once_with_the_one_that_is_taken(
+    load: Loader, caplog: pytest.LogCaptureFixture, name: str, options: dict[str, Any], instead: str
+) -> None:
+    model = {"n_ctx_train": 256} if name == "llama-bpe" else {}
+    cm = load(name, n_ctx=256, model=model, **options)
+    wanted = options.get("overflow", "shift")
+    with caplog.at_level(logging.DEBUG, "llama_sessions"):
+        grown(cm, Session(), until=3)
+    notes = [(r.levelname, r.getMessage()) for r in caplog.records if f"overflow='{wanted}' cannot" in r.getMessage()]
+    assert [level for level, _ in notes] == ["WARNING", *["DEBUG"] * (len(notes) - 1)]
+    assert all(f"'{instead}' instead" in text for _, text in notes)
 
 
 def test_a_recurrent_model_has_no_wall_and_nothing_goes(load: Loader) -> None:
@@ -818,6 +842,28 @@ def test_a_think_budget_counts_on_over_the_wall(load: Loader, way: str) -> None:
     assert (reply.thinking, reply.text, reply.stop_reason) == ("a" * budget, "So.", "stop")
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_penalties_look_at_what_was_said_whatever_of_it_went(load: Loader, way: str) -> None:
+    cm = load("llama-bpe", n_ctx=256, **WAYS[way])
+    bias = no_end(cm)
+    options = {"temperature": 0.0, "presence_penalty": 4.0, "max_tokens": 600, "logit_bias": bias}
+    stream = Engine(cm).stream(said("Who?", "I.", "And?", "No."), "Go!", **options)
+    seen = logits_seen(stream)
+    history: list[int] = []
+    n_acted = n_evicted = 0
+    for chunk in stream:
+        if not history:
+            history = stream._generation.begun().tokens.tolist()
+        seen[-1][list(bias)] = -math.inf
+        assert chunk.token == penalised(history, seen[-1], presence_penalty=4.0)
+        if cm.stats().n_evictions > n_evicted:  # a row that was just cut or begun anew
+            n_evicted = cm.stats().n_evictions
+            n_acted += chunk.token != int(seen[-1].argmax())
+        history.append(chunk.token)
+    assert n_evicted >= 3
+    assert n_acted > 0
+
+
 @pytest.mark.parametrize("shares_all", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_eight_streams_that_share_a_prefix_go_on_when_cells_run_out(load: Loader, way: str, shares_all: bool) -> None:
@@ -936,6 +982,24 @@ def test_an_approximate_row_comes_back_as_it_was_and_shares_its_prefix_again(loa
     assert (reported(session).n_tokens, reported(session).n_evicted) == (preview.n_tokens, preview.n_evicted)
 
 
+@pytest.mark.parametrize("way", ["shift", "gap"])
+def test_stats_say_how_many_sessions_are_approximate(load: Loader, way: str) -> None:
+    cm = load("llama-bpe", n_ctx=1024, **WAYS[way])
+    first, second = (said(*(f"{name} {line(i)}" for i in range(5))) for name in "ab")
+    for session in (first, second):
+        cm.prepare(session)
+    assert cm.stats().n_approximate == 0
+    assert cm.make_room(first, 20) >= 20
+    assert cm.stats().n_approximate == 1
+    cm.park(first)
+    assert cm.stats().n_approximate == 1
+    assert cm.make_room(second, 20) >= 20
+    assert cm.stats().n_approximate == 2
+    for n_left, session in ((1, first), (0, second)):
+        cm.rebuild(session)
+        assert cm.stats().n_approximate == n_left
+
+
 def test_a_lost_private_row_is_rendered_anew(load: Loader) -> None:
     cm = load("llama-bpe", n_ctx=256, radix=False)
     session = grown(cm, Session())
@@ -972,6 +1036,7 @@ def test_what_cannot_fit_says_so_with_numbers_and_loses_nothing(load: Loader, wa
     assert e.value.available == 256
     assert e.value.needed == preview.n_tokens > 256
     assert f"{e.value.needed} tokens" in str(e.value)
+    assert "unpin messages" in str(e.value)
     assert session.messages == messages
     assert session.window == messages
     assert session.n_past == 0

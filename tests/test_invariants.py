@@ -475,6 +475,7 @@ def test_6_no_silent_cut_a_prompt_of_exactly_n_ctx_seq_works_and_one_more_does_n
     with pytest.raises(ContextOverflow) as e:
         cm.append(session, 65)
     assert (e.value.needed, e.value.available, e.value.unit) == (257, 256, "tokens")
+    assert "let make_room take older ones out" in str(e.value)
     assert session.n_past == len(cm.tokens(session)) == 256
     cm.release(session)
     with pytest.raises(ContextOverflow) as e:
@@ -790,6 +791,21 @@ def test_8_no_abort_no_sequence_id_position_or_batch_of_ours_reaches_an_assert()
 # -- 9
 
 
+def refuse_while_pending(cm: ContextManager, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on a save or a load fails where llama.cpp has put something off; returns what is done of both."""
+    done: list[str] = []
+    for name in ("save_state", "load_state"):
+        real = getattr(LlamaContext, name)
+
+        def checked(this: LlamaContext, *args: Any, name: str = name, real: Any = real) -> Any:
+            assert not cm._store.is_pending
+            done.append(name)
+            return real(this, *args)
+
+        monkeypatch.setattr(LlamaContext, name, checked)
+    return done
+
+
 @pytest.mark.parametrize("deed", ["flush", "park", "release", "fork and park", "restore", "another's cut"])
 def test_9_no_save_and_no_restore_while_a_shift_is_pending(
     load: Loader, monkeypatch: pytest.MonkeyPatch, deed: str
@@ -809,14 +825,7 @@ def test_9_no_save_and_no_restore_while_a_shift_is_pending(
     assert cm.make_room(session, 10) >= 10
     assert cm.make_room(twin, 10) >= 10
     assert cm._store.is_pending
-    for name in ("save_state", "load_state"):
-        real = getattr(LlamaContext, name)
-
-        def checked(this: LlamaContext, *args: Any, real: Any = real) -> Any:
-            assert not cm._store.is_pending
-            return real(this, *args)
-
-        monkeypatch.setattr(LlamaContext, name, checked)
+    refuse_while_pending(cm, monkeypatch)
     if deed == "flush":
         cm.flush(session)
     elif deed == "release":
@@ -841,6 +850,32 @@ def test_9_no_save_and_no_restore_while_a_shift_is_pending(
     assert_exact(cm, other)
     cm.append(neighbour, 66)
     assert_exact(cm, neighbour)
+
+
+@pytest.mark.parametrize("deed", ["flush", "park", "release", "restore"])
+def test_9_no_save_and_no_restore_while_a_copy_between_streams_is_pending(
+    load: Loader, monkeypatch: pytest.MonkeyPatch, deed: str
+) -> None:
+    cm = load(kv_unified=False, n_ctx=6 * 512)
+    cm.test_oracle = oracle_for(model_path("llama-bpe"))  # type: ignore[attr-defined]
+    session, parked = said(*TURNS), said("Another one. " * 8)
+    cm.prepare(parked)
+    cm.park(parked)
+    cm.prepare(session)
+    child = cm.fork(session)
+    assert cm._store.is_pending
+    done = refuse_while_pending(cm, monkeypatch)
+    if deed == "restore":
+        cm.prepare(parked)
+        assert_exact(cm, parked)
+    else:
+        getattr(cm, deed)(child)
+    assert done == ["load_state" if deed == "restore" else "save_state"]
+    cm.release(session)
+    cm.release(child)
+    cm.prepare(again := said(*TURNS, "Yes.", "No?"))
+    assert "load_state" in done
+    assert_exact(cm, again)
 
 
 # -- 10

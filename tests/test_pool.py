@@ -351,6 +351,7 @@ def test_the_queue_is_bounded() -> None:
     with pytest.raises(QueueFull) as e:
         pool.submit(late, "3?", **ENDLESS)
     assert (e.value.waiting, e.value.limit) == (2, 2)
+    assert str(e.value) == "the queue is full: 2 waiting, limit 2; wait with wait_s, or raise max_waiting"
     assert not late.messages
     assert not pool.cm.is_held(late)
     third = pool.submit(late, "3?", wait_s=60.0, max_tokens=3, **ENDLESS)  # steps the pool meanwhile
@@ -1493,6 +1494,7 @@ def test_stats_and_metrics_are_true() -> None:
     assert stats.own_seconds > 0
     lines = dict(line.rsplit(" ", 1) for line in pool.metrics().splitlines() if not line.startswith("#"))
     assert lines["llama_sessions_waiting"] == "0"
+    assert float(lines["llama_sessions_batch_fill"]) == stats.batch_fill > 0
     assert lines["llama_sessions_done_total"] == "3"
     assert lines["llama_sessions_generated_tokens_total"] == "18"
     assert float(lines['llama_sessions_first_token_seconds{quantile="0.95"}']) == stats.first_token_p95_s

@@ -41,7 +41,7 @@ class QueueFull(LlamaSessionsError):
 
     def __init__(self, waiting: int, limit: int) -> None:
         self.waiting, self.limit = waiting, limit
-        super().__init__(f"the queue is full: {waiting} waiting, limit {limit}; wait, or raise the limit")
+        super().__init__(f"the queue is full: {waiting} waiting, limit {limit}; wait with wait_s, or raise max_waiting")
 
 
 class CapacityError(LlamaSessionsError):
@@ -67,10 +67,10 @@ class NoFreeSlot(CapacityError):
 class ContextOverflow(CapacityError):
     """One session is longer than what one session can hold (`n_ctx_seq` tokens)."""
 
-    def __init__(self, what: str, *, needed: int, available: int) -> None:
+    def __init__(self, what: str, *, needed: int, available: int, remedy: str = "") -> None:
+        remedy = remedy or "shorten the messages or the system text, unpin messages, or raise n_ctx"
         super().__init__(
-            f"{what}: {needed} tokens do not fit into the {available} of one session; "
-            "shorten the messages or the system text, or raise n_ctx",
+            f"{what}: {needed} tokens do not fit into the {available} of one session; {remedy}",
             needed=needed,
             available=available,
             unit="tokens",

@@ -305,10 +305,21 @@ class Evictor:
         the row is as it was, or ends at the first hole. `make_way` parks idle sessions for what a way needs."""
         ways = self._open(row, row.n, holes, n_more, 0, make_way)
         way = next((way for way, cut in ways if not cut.n_to_copy or self._holes.can_copy()), "reprefill")
-        if way != self._overflow:
-            why = self._store.caps.shift_refused_because or "neither cells nor positions are free for it"
-            self._instead.say(logger, "overflow=%r cannot be had (%s): %r instead", self._overflow, why, way)
+        self._say_instead(way)
         return way != "reprefill" and self._holes.cut_out(row, holes, shift=way == "shift")
+
+    def say_if_uncut(self, row: Row) -> None:
+        """That what stays of a row is decoded anew, because its middle cannot be taken out."""
+        if self._store.caps.n_row_max is not None and not self.ways(row):
+            self._say_instead("reprefill")
+
+    def _say_instead(self, way: str) -> None:
+        """Which way is taken, where that is not the wanted one; once."""
+        if way != self._overflow:
+            caps = self._store.caps
+            why = caps.shift_refused_because if self._overflow == "shift" or not caps.can_have_holes else ""
+            why = why or "neither cells nor positions are free for it"
+            self._instead.say(logger, "overflow=%r cannot be had (%s): %r instead", self._overflow, why, way)
 
     def room_in(self, session: Session, seat: Seat, n_needed: int, n_sink: int) -> tuple[Ranges, Layout, list[int]]:
         """What goes from a row so that `n_needed` tokens are free in it: ranges, how it lies then, the parts gone."""

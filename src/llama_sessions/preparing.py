@@ -82,6 +82,8 @@ class Preparer:
             return narrowed
         tokens = layout.alignment.tokens
         check_length(self._store, len(tokens), "the conversation")
+        if asking.n_evicted and row is not None and row.n:
+            self._evictor.say_if_uncut(row)
         if asking.kept is not None and row is not None and not self._cut_out(session, row, asking.kept, len(tokens)):
             # It cannot be cut as it was to be: what stays is decoded anew.
             return self.begin(session, replace(asking, anew=True, expected=None, kept=None), holder)

@@ -111,7 +111,7 @@ class Seats:
             if owner is not None and owner is not self and session in owner._seats:
                 raise StateError("the session belongs to another manager; release it there, or fork its messages")
         if not reading and self._holder(session) not in (None, holder):
-            raise StateError("the session is generating; finish or close its stream first")
+            raise StateError("the session is generating; finish or close its stream first, or wait for its ticket")
         return seat
 
     @staticmethod

@@ -158,7 +158,8 @@ class Stepper:
             )
         room = self._store.n_room(row)
         if room is not None and room < 1:
-            raise ContextOverflow("one token more", needed=row.n + 1, available=row.n)
+            remedy = "let make_room take older ones out of the row, or raise n_ctx"
+            raise ContextOverflow("one token more", needed=row.n + 1, available=row.n, remedy=remedy)
         return _Task(row, (item.token,), True, item, seat)
 
     def _settle(self, task: _Task, code: int, seconds: float) -> StepResult:

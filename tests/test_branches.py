@@ -25,6 +25,7 @@ from llama_sessions import (
     Session,
     StateError,
 )
+from llama_sessions.generation import Generation
 from llama_sessions.llama.context import LlamaContext
 
 Loader = Callable[..., ContextManager]
@@ -89,14 +90,39 @@ def test_several_replies_without_slots_leave_everything_as_it_was(load: Loader) 
     assert cm.stats().n_sessions == 1
 
 
-def test_an_error_in_one_of_several_replies_ends_all_and_is_raised(load: Loader) -> None:
+def test_several_replies_may_be_longer_together_than_the_context(load: Loader) -> None:
+    """None of them loses what it began with: who finds no cells waits until another is through."""
     cm = load(max_sessions=4, n_ctx=256)
+    question = "word " * 20
+    bias = {int(cm.vocab.eos): -math.inf}
+    branches = Engine(cm).replies(Session(), question, n=3, max_tokens=90, logit_bias=bias)
+    assert [branch.reply.n_generated for branch in branches] == [90] * 3
+    assert cm.stats().n_evictions == 0
+    branches = Engine(cm).replies(Session(), question, n=3, max_tokens=600, logit_bias=bias)
+    assert [branch.reply.n_generated for branch in branches] == [600] * 3
+
+
+def test_an_error_in_one_of_several_replies_ends_all_and_is_raised(
+    load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cm = load(max_sessions=4)
     session = Session()
-    with pytest.raises(Exception, match="cells"):
-        Engine(cm).replies(session, "word " * 60, n=3, max_tokens=2000, logit_bias={int(cm.vocab.eos): -math.inf})
+    choose, n_chosen = Generation.choose, 0
+
+    def choose_until_the_eighth(self: Generation, logits: Any) -> int | None:
+        nonlocal n_chosen
+        n_chosen += 1
+        if n_chosen == 8:
+            raise RuntimeError("planted")
+        return choose(self, logits)
+
+    monkeypatch.setattr(Generation, "choose", choose_until_the_eighth)
+    engine = Engine(cm)
+    with pytest.raises(RuntimeError, match="planted"):
+        engine.replies(session, "Who?", n=3, max_tokens=2000, logit_bias={int(cm.vocab.eos): -math.inf})
+    assert n_chosen < 20
     assert session.messages == []
     assert cm.stats().n_sessions == 1
-    engine = Engine(cm)
     assert engine.chat(session, "Still there?", max_tokens=3).n_generated
 
 
@@ -104,6 +130,7 @@ class Clock:
     """The clock of generations, which can be put forward."""
 
     ahead = 0.0
+    monotonic = staticmethod(time.monotonic)
 
     def perf_counter(self) -> float:
         return time.perf_counter() + self.ahead
@@ -116,6 +143,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr("llama_sessions.generation.time", made)
+    monkeypatch.setattr("llama_sessions.ticket.time", made)
     return made
 
 

@@ -29,8 +29,8 @@ llama.model llama.sampler llama.snapshot llama.context
 kv.store kv.holes kv.prefix kv.snapshot
 reply speech thinking
 loading hooks prompts layout seats parking pending planner evicting preparing stepper integrity overview entry
-house steps manager course generation stream together tool_loop stateless engine pace pool_stats ticket batching pool
-async_pool
+house steps manager course generation stream tool_loop stateless pace pool_stats ticket batching pool
+async_pool together engine
 testing
 __init__
 demo terminal info __main__

@@ -77,7 +77,8 @@ class Batcher:
         """One decode for everybody. Raises only what concerns all of them."""
         started, decoded = time.perf_counter(), self._tally.step_seconds
         self._end_who_is_over()
-        self._admit()
+        if self._admit():
+            self._end_who_is_over()  # hooks may take their time
         packed = self._packed()
         is_short = self._decode(packed) if packed else False
         n_running = len(self.running)
@@ -141,12 +142,16 @@ class Batcher:
 
     # -- who comes in
 
-    def _admit(self) -> None:
-        """Bring back who gave way, then admit who waits, as long as there is room for what is needed now."""
+    def _admit(self) -> bool:
+        """Bring back who gave way, then admit who waits, as long as there is room for what is needed now; whether
+        anybody was looked at."""
         if not self.paused and time.perf_counter() - self._refused_at > _LOOK_AGAIN_S:
             self._refused = None  # not for who gave way: it would take back what it gave
+        is_anybody = False
         while (ticket := self._next_in_line()) is not None and ticket is not self._refused:
             self._bring_in(ticket, may_wait=True)
+            is_anybody = True
+        return is_anybody
 
     def _next_in_line(self) -> Ticket | None:
         """Who is admitted next: the highest priority, then who came first; but nobody is passed over for ever."""

@@ -67,11 +67,25 @@ class Pool:
         check_session(session)
         checked_int("priority", priority, -(2**31), 2**31 - 1)
         until = time.monotonic() + (0.0 if wait_s is None else checked_float("wait_s", wait_s, 0.0))
+        return self.add(session, text, checked, priority=priority, until=until)
+
+    def add(
+        self,
+        session: Session,
+        text: str | None,
+        options: GenerationOptions,
+        *,
+        priority: int = 0,
+        until: float = 0.0,
+        seconds_ago: float = 0.0,
+    ) -> Ticket:
+        """`submit` of what was checked; waits for a place `until` then. `seconds_ago`: how long the call of which it is
+        a part has been going on."""
         batcher = self._batcher
         self.check_takes()
         batcher.check_is_new(session)
-        generation = Generation(self.cm, session, text, checked, holder=batcher)
-        ticket = Ticket(self, generation, priority, checked.timeout_s)
+        generation = Generation(self.cm, session, text, options, holder=batcher)
+        ticket = Ticket(self, generation, priority, options.timeout_s, seconds_ago)
         while True:
             with batcher.changed:
                 self.check_takes()

@@ -27,12 +27,15 @@ class Ticket(Iterator[Chunk]):
     Where the pool has no worker, whoever waits here steps the pool meanwhile.
     """
 
-    def __init__(self, pool: Pool, generation: Generation, priority: int, timeout_s: float | None) -> None:
+    def __init__(
+        self, pool: Pool, generation: Generation, priority: int, timeout_s: float | None, seconds_ago: float
+    ) -> None:
         self._pool = pool
         self.generation = generation
         self.session: Session = generation.session
         self.priority = priority
         self.submitted = time.perf_counter()
+        self._asked = self.submitted - seconds_ago
         self.state = "waiting"
         """`waiting | prompt | running | paused | done | failed`."""
         self.error: BaseException | None = None
@@ -108,8 +111,8 @@ class Ticket(Iterator[Chunk]):
 
     @property
     def seconds(self) -> float:
-        """Since it was submitted."""
-        return time.perf_counter() - self.submitted
+        """Since it was asked for."""
+        return time.perf_counter() - self._asked
 
     @property
     def is_late(self) -> bool:

@@ -9,13 +9,15 @@ import time
 from llama_sessions import ContextManager, Engine, Pool, Session, builtin_model
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", default=builtin_model())
+parser.add_argument("--model", help="a GGUF; default: the model in the box")
 args = parser.parse_args()
 
 NAMES = ["Anelda", "Borvin", "Cemiro", "Dolfan", "Emvira", "Fenro", "Gaslo", "Ilmera"]
 QUESTION = {"text": "What is my name?", "max_tokens": 64, "temperature": 0}
 
-with ContextManager.load(args.model, max_sessions=len(NAMES), n_ctx=4096) as cm:
+# Two threads would only wait for each other over the model in the box, as small as it is.
+model, n_threads = (args.model, None) if args.model else (builtin_model(), 1)
+with ContextManager.load(model, max_sessions=len(NAMES), n_ctx=4096, n_threads=n_threads) as cm:
     cm.set_system("You remember what you are told.")
     engine, pool = Engine(cm), Pool(cm)
     people = [Session() for _ in NAMES]

@@ -237,7 +237,8 @@ def main() -> None:
     parser.add_argument("--model", default=builtin_model(), help="a GGUF; default: the model in the box")
     parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1; 0: any that is free")
     parser.add_argument("--preset", choices=PRESETS, default="precise", help="how to sample (default: %(default)s)")
-    parser.add_argument("--n-ctx", type=int, default=4096, help="tokens for all tabs together (default: %(default)s)")
+    most = "tokens for all tabs together, and at most for one; default: what the model was trained for, up to 8192"
+    parser.add_argument("--n-ctx", type=int, help=most)
     parser.add_argument("--n-threads", type=int, help="to decode with; default: as many as there are cores")
     parser.add_argument("--system", default="You remember what you are told.", help="the system text")
     args = parser.parse_args()

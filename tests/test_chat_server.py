@@ -83,6 +83,16 @@ def test_a_fork_goes_on_from_the_same_past(server: Server, tab: str) -> None:
     assert last(server.say(tab, "What is my horse called?")) == "You have not told me what your horse is called."
 
 
+def test_a_tab_that_talks_on_and_on_is_still_understood(server: Server, tab: str) -> None:
+    """Past what the model was trained for it would be not: the oldest turns go before that."""
+    story = "There was a long story in the paper about Orwas, who sailed to Tamoli in a small boat and came back rich. "
+    for _ in range(30):
+        server.say(tab, 2 * story)
+    server.say(tab, "My name is Marelo.")
+    assert last(server.say(tab, "What is my name?")) == "Your name is Marelo."
+    assert len(server.json(f"/tabs/{tab}")["messages"]) == 64
+
+
 def test_undo_takes_the_last_question_and_its_answer_back(server: Server, tab: str) -> None:
     server.say(tab, "My cat is called Sulan.")
     server.say(tab, "My cat is called Mirto.")

@@ -18,7 +18,7 @@ ROOT = Path(llama_sessions.__file__).parent
 # Each line may import from the lines above it, and within a line from the left. docs/design says why in this order.
 LAYERS = """
 errors types notice options generation_options
-report messages window session
+report messages window spoken session
 kv kv.row kv.slots
 kv.policy kv.node kv.leaves kv.radix kv.arena kv.blobs kv.blob_store kv.cache kv.segments
 kv.costs kv.plan kv.sequences kv.eviction kv.alignment

@@ -34,7 +34,7 @@ from llama_sessions.llama.vocab import LlamaVocab
 from llama_sessions.marks import BAR, CLOSE, LITERAL, LITERAL_END, MARKS, OPEN
 from llama_sessions.memo import Memo
 from llama_sessions.render import Rendered, Renderer
-from llama_sessions.session import SpokenReply
+from llama_sessions.spoken import SpokenReply
 from llama_sessions.tokenizing import n_common
 from llama_sessions.types import Message, TokenArray
 

@@ -105,7 +105,7 @@ def test_window_and_pins_are_saved() -> None:
     assert saved["version"] == 2
     assert saved["pins"] == [2]
     assert saved["window"] == {
-        "out": [1, 3, 4], "replacements": [{"role": "system", "content": "x"}], "unreported": [4],
+        "out": [1, 3, 4], "replacements": [{"role": "system", "content": "x"}], "withdrawn": [], "unreported": [4],
     }  # fmt: skip
     again = Session.from_dict(json.loads(json.dumps(saved)))
     assert [m["content"] for m in again.window] == ["a", "x", "c", "f"]
@@ -118,7 +118,7 @@ def test_what_was_deleted_is_not_saved() -> None:
     session = a_windowed_session()
     del session.messages[1:]
     saved = session.to_dict()
-    assert (saved["pins"], saved["window"]) == ([], {"out": [], "replacements": [], "unreported": []})
+    assert (saved["pins"], saved["window"]) == ([], {"out": [], "replacements": [], "withdrawn": [], "unreported": []})
 
 
 def test_a_message_that_is_there_twice_is_out_and_pinned_twice_when_it_is_read() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -185,6 +186,7 @@ def test_any_editing_and_evicting_agrees_with_a_list_of_numbers(steps: list[Step
         return len(made) - 1
 
     numbers, out, unreported, stand_in = [make() for _ in range(4)], set[int](), set[int](), list[int]()
+    withdrawn: list[int] = []
     window = Window()
     for step, a, b in steps:
         messages = [made[n] for n in numbers]
@@ -208,17 +210,23 @@ def test_any_editing_and_evicting_agrees_with_a_list_of_numbers(steps: list[Step
             )
             unreported = unreported | (gone - out) if step == "gone" else unreported - gone
             if answer is not None:
-                stand_in, unreported = answer, set()
+                stand_in, unreported, withdrawn = answer, set(), []
             elif out & set(numbers):
+                withdrawn = withdrawn + [n for n in stand_in if n in gone and step == "gone"]
                 stand_in = [n for n in stand_in if n not in gone]
             else:
-                stand_in = []
+                stand_in, withdrawn = [], []
             out, unreported = (out | gone) & set(numbers), unreported & set(numbers)
-            stand_in = stand_in if out else []
+            stand_in, withdrawn = (stand_in, withdrawn) if out else ([], [])
             assert {id(m) for m in window.out} == {id(made[n]) for n in out}
             assert len(window.out) == len(out)
             assert {id(m) for m in window.unreported} == {id(made[n]) for n in unreported}
             assert [id(m) for m in window.replacements] == [id(made[n]) for n in stand_in]
+            assert [id(m) for m in window.withdrawn] == [id(made[n]) for n in withdrawn]
+        is_out = bool(out & set(numbers))
+        assert window.is_unheard([made[n] for n in numbers]) == bool(
+            unreported & set(numbers) or (withdrawn and is_out)
+        )
         first = min((i for i, n in enumerate(numbers) if n in out), default=None)
         seen = [n for n in numbers if n not in out]
         if first is not None:
@@ -395,6 +403,43 @@ def test_a_message_that_is_its_own_replacement_is_one_dict_in_a_copy() -> None:
     session.set_window(Window().without(session.messages, session.messages[:2], reported=True, replacements=[kept]))
     twin = session.copy()
     assert twin.window_state.replacements[0] is twin.messages[1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda session: pickle.loads(pickle.dumps(session))])
+def test_a_session_that_python_copies_knows_its_own_dicts(copied: Callable[[Session], Session]) -> None:
+    """Window, pins and replies are found by the identity of dicts, and a copy has others."""
+    session = evicted("abcd", 0, 1, replacements="x", reported=False)
+    session.pin_message(2)
+    session.add_reply("yes", [1, 2], model="m")
+    twin = copied(session)
+    assert said(twin.window) == "xcdyes"
+    assert all(m is not n for m in twin.window for n in session.window)
+    assert twin.pinned_messages()[0] is twin.messages[2]
+    twin.messages[4]["content"] = "no"
+    twin.messages.append({"role": "assistant", "content": "yes"})
+    assert [r is not None and list(r.ids) for r in twin.replies()[-2:]] == [False, [1, 2]]
+    twin.messages.pop()
+    twin.messages[4]["content"] = "yes"
+    (reply,) = twin.replies()[-1:]
+    assert reply is not None
+    assert reply.message is twin.messages[4]
+    assert said(session.window) == "xcdyes"
+
+
+def test_a_summary_that_went_unheard_is_copied_and_saved() -> None:
+    session = evicted("abcd", 0, 1, replacements="xy")
+    x, y = session.window_state.replacements
+    session.set_window(session.window_state.without(session.messages, [x, session.messages[2]], reported=False))
+    for each in (session, session.copy(), Session.from_dict(session.to_dict())):
+        window = each.window_state
+        assert said(each.window) == "yd"
+        assert said(window.handed(each.messages, each.messages[3:])) == "xycd"
+        assert window.is_unheard(each.messages)
+        del each.messages[:3]
+        assert not window.is_unheard(each.messages)
+        assert said(window.handed(each.messages, each.messages)) == "d"
+    with pytest.raises(OptionError, match="1 replacements for messages that are out, but none is"):
+        Session.from_dict(session.to_dict() | {"window": {"withdrawn": [y]}})
 
 
 def test_a_copy_leaves_behind_what_was_deleted() -> None:

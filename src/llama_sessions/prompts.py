@@ -14,8 +14,9 @@ from .kv.prefix import Prefix
 from .messages import check_message
 from .options import checked_text
 from .render import Rendered, Renderer
-from .session import Session, SpokenReply
+from .session import Session
 from .spans import Span
+from .spoken import SpokenReply
 from .types import Message, TokenArray
 from .window import Window
 

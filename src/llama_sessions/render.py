@@ -17,8 +17,8 @@ from .errors import OptionError, TemplateError
 from .kv.row import common_prefix
 from .marks import Marker
 from .messages import check_message
-from .session import SpokenReply
 from .spans import ContentRange, Span, message_spans
+from .spoken import SpokenReply
 from .stretches import NO_TOKENS, TextStretch, split
 from .tokenizing import StretchTokenizer, n_common
 from .types import Formatter, Message, TokenArray, Vocab

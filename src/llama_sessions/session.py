@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -12,33 +12,11 @@ from .errors import OptionError
 from .messages import check_message, checked_tools, checked_variables
 from .options import checked_bool, checked_int, checked_list, checked_namespace, checked_text
 from .report import PrepareReport
+from .spoken import SpokenReplies, SpokenReply, words_of
 from .types import Message
 from .window import Window, among, checked_places, places
 
 _VERSION = 2  # of what `to_dict` writes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SpokenReply:
-    """What is known about an assistant message beside its dict: the ids that spelled it, or that it is trusted.
-
-    `ids` empty: no ids are known. `model`: the fingerprint of the model whose ids they are. `trusted`: special-token
-    text in it is control, not text. `thought`: of a reply without text. `begun`: all ids of
-    one that ended in its thinking, or right behind it, to go on with.
-    """
-
-    message: Message
-    text: str
-    ids: tuple[int, ...] = ()
-    trusted: bool = False
-    model: str = ""
-    thought: str = ""
-    begun: tuple[int, ...] = ()
-
-    @property
-    def said(self) -> tuple[str, str]:
-        """What a message has to say for it to be this one: see `_said_of`."""
-        return self.text, self.thought
 
 
 class Session:
@@ -70,7 +48,7 @@ class Session:
         self.n_past = 0
         self.last_prepare: PrepareReport | None = None
         self._raw = False
-        self._replies: list[SpokenReply] = []
+        self._replies = SpokenReplies()
         self._appended: list[int] = []
         self._appended_by = ""
         self._window = Window()
@@ -126,21 +104,24 @@ class Session:
 
     def add_tool_result(self, content: str, tool_call_id: str | None = None, name: str | None = None) -> Message:
         """Append what a tool answered; OptionError for a `tool_call_id` that no message of the assistant has."""
-        messages = [check_message(m, f"message {i}") for i, m in enumerate(self.messages)]
-        calls = [call for m in messages for call in m.get("tool_calls") or ()]
-        known = {call.get("id"): call["function"].get("name") for call in calls}
-        if tool_call_id is not None and tool_call_id not in known:
-            made = ", ".join(repr(i) for i in known) or "none"
+        calls = self._calls_latest_first()
+        call = next((call for call in calls if call.get("id") == tool_call_id), None)
+        if tool_call_id is not None and call is None:
+            made = ", ".join(repr(call.get("id")) for call in reversed([*self._calls_latest_first()])) or "none"
             raise OptionError(f"no tool call has the id {tool_call_id!r}; calls made: {made}")
-        fields = {"tool_call_id": tool_call_id, "name": name or known.get(tool_call_id)}
+        fields = {"tool_call_id": tool_call_id, "name": name or (call and call["function"].get("name"))}
         return self.add("tool", content, **{k: v for k, v in fields.items() if v is not None})
+
+    def _calls_latest_first(self) -> Iterator[Mapping[str, Any]]:
+        for i in reversed(range(len(self.messages))):
+            yield from reversed(check_message(self.messages[i], f"message {i}").get("tool_calls") or ())
 
     def undo(self) -> int:
         """Take back the last message of the user and all that came of it (all there is, where no user spoke); returns
         how many messages went."""
         n = len(self.messages)
-        spoken = [i for i in range(n) if check_message(self.messages[i], f"message {i}")["role"] == "user"]
-        del self.messages[spoken[-1] if spoken else 0 :]
+        latest = (i for i in reversed(range(n)) if check_message(self.messages[i], f"message {i}")["role"] == "user")
+        del self.messages[next(latest, 0) :]
         return n - len(self.messages)
 
     def add_reply(
@@ -160,7 +141,8 @@ class Session:
         It goes `behind` the message it answers, if that is still there; else to the end.
         """
         message = check_message({"role": "assistant", "content": text, **fields}, "the message")
-        at = next((i + 1 for i, m in enumerate(self.messages) if m is behind), len(self.messages))
+        n = len(self.messages)
+        at = next((i + 1 for i in reversed(range(n)) if self.messages[i] is behind), n)
         self.messages.insert(at, message)
         self._know(message, ids, trusted, model, begun)
         return message
@@ -172,38 +154,25 @@ class Session:
         only `begun`), and `fields` are set."""
         trusted = any(r.trusted for r in self._replies if r.message is message)
         message.update(fields, content=checked_text("the content", text))
-        self._replies = [r for r in self._replies if r.message is not message]
+        self._replies = SpokenReplies(r for r in self._replies if r.message is not message)
         self._know(message, ids, trusted, model, begun)
 
     def _know(self, message: Message, ids: Sequence[int], trusted: bool, model: str, begun: Sequence[int]) -> None:
-        text, thought = _said_of(message)
+        text, thought = words_of(message)
         reply = SpokenReply(message, text, tuple(map(int, ids)), trusted, model, thought, tuple(map(int, begun)))
         if reply.ids or reply.trusted or reply.begun:
-            live = {id(m) for m in self.messages}
+            live = set(map(id, self.messages))
             # Records of messages that are gone still serve a copy with the same text, but only the latest few.
-            gone = [r for r in self._replies if id(r.message) not in live][-16:]
-            kept = {id(r) for r in gone} | {id(r) for r in self._replies if id(r.message) in live}
-            self._replies = [*(r for r in self._replies if id(r) in kept), reply]
+            gone = {id(r) for r in [r for r in self._replies if id(r.message) not in live][:-16]}
+            if gone:
+                self._replies = SpokenReplies(r for r in self._replies if id(r) not in gone)
+            self._replies.add(reply)
         self._appended.clear()
 
     def replies(self, messages: Sequence[Message] | None = None) -> list[SpokenReply | None]:
         """For each message (None: the session's) what is known beside its dict: by the dict itself, else by its text
         (it may be a copy). Trust goes with the dict alone: another's text may be the same."""
-        messages = self.messages if messages is None else messages
-        if not self._replies:
-            return [None] * len(messages)
-        by_dict = {id(r.message): r for r in self._replies}
-        by_said = {r.said: r for r in self._replies if not r.trusted and any(r.said)}
-        found: list[SpokenReply | None] = []
-        for message in messages:
-            reply = None
-            if isinstance(message, dict) and message.get("role") == "assistant":
-                said = _said_of(message)
-                reply = by_dict.get(id(message))
-                if reply is None or reply.said != said:
-                    reply = by_said.get(said)
-            found.append(reply)
-        return found
+        return [self._replies.of(m) for m in (self.messages if messages is None else messages)]
 
     def note_appended(self, token: int, model: str) -> None:
         """Called by the manager: `token` was decoded after the last prompt token, by that model."""
@@ -233,7 +202,7 @@ class Session:
         """
         messages = self.messages
         last = messages[-1] if isinstance(messages, list) and messages else None  # what else it may be is told later
-        return Window() if any(m is last for m in self._window.out) else self._window
+        return Window() if self._window.hides(last) else self._window
 
     def set_window(self, window: Window) -> None:
         """Called by the manager: what the model sees from now on."""
@@ -282,11 +251,11 @@ class Session:
         twin = Session(self.system, self.namespace, tools, variables)
         twin._raw = self._raw
         window, pinned = self._window, self._pinned
-        originals = list(self.messages), window.replacements
+        originals = list(self.messages), window.replacements, window.withdrawn
         copies = copy.deepcopy(originals)  # in one go: what stands in both is one dict in the copy, too
         twins = {id(m): copied for m, copied in zip(chain(*originals), chain(*copies), strict=True)}
         twin.messages = copies[0]
-        twin._replies = [replace(r, message=twins.get(id(r.message), r.message)) for r in self._replies]
+        twin._replies = SpokenReplies(replace(r, message=twins.get(id(r.message), r.message)) for r in self._replies)
         twin._appended, twin._appended_by = list(self._appended), self._appended_by
         twin._window = window.copied(twins)
         twin._pinned = among(twin.messages, [twins[id(m)] for m in pinned if id(m) in twins])
@@ -315,7 +284,7 @@ class Session:
                     "trusted": r.trusted,
                 }
                 for r in self._replies
-                if id(r.message) in at and _said_of(r.message) == r.said
+                if id(r.message) in at and words_of(r.message) == r.said
             ],
             "pins": places(self.messages, self._pinned),
             "window": self._window.to_dict(self.messages),
@@ -335,7 +304,7 @@ class Session:
         messages = checked_list("'messages'", data["messages"])
         self.messages = [check_message(m, f"message {i}") for i, m in enumerate(messages)]
         for i, reply in enumerate(checked_list("'replies'", data.get("replies", []))):
-            self._replies.append(_checked_reply(reply, self.messages, f"reply {i}"))
+            self._replies.add(_checked_reply(reply, self.messages, f"reply {i}"))
         self._pinned = checked_places("'pins'", data.get("pins", []), self.messages)
         self._window = Window.from_dict(data.get("window", {}), self.messages)
         return self
@@ -348,19 +317,12 @@ def check_session(session: object) -> Session:
     return session
 
 
-def _said_of(message: Message) -> tuple[str, str]:
-    """What tells a reply from others: its text, or where it has none what it thought."""
-    text = message.get("content")
-    thought = "" if text else message.get("reasoning_content")
-    return text if isinstance(text, str) else "", thought if isinstance(thought, str) else ""
-
-
 def _checked_reply(data: object, messages: Sequence[Message], where: str) -> SpokenReply:
     """A reply of a saved session, else OptionError naming `where`."""
     if not isinstance(data, Mapping):
         raise OptionError(f"{where} must be a dict, not {data!r}")
     at = checked_int(f"'message' of {where}", data.get("message"), 0, len(messages) - 1)
-    text, thought = _said_of(messages[at])
+    text, thought = words_of(messages[at])
     return SpokenReply(
         messages[at],
         text,

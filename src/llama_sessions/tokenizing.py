@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from .marks import Marker
 from .memo import Memo
-from .session import SpokenReply
+from .spoken import SpokenReply
 from .stretches import NO_TOKENS, Region, TextStretch
 from .types import TokenArray, Vocab
 

@@ -33,8 +33,9 @@ def problems(store: RowStore, slots: Slots, prefix: Prefix, seats: Sequence[Seat
         if end != expected_end:
             ends = f"row {seq_id} has {n} tokens and should end at {expected_end}"
             found.append(f"{ends}, llama.cpp's last position is {end}")
-        if n and caps.kind is MemoryKind.FULL and first != 0:
-            found.append(f"row {seq_id} begins at position {first}, not 0")
+        begin = int(row.positions()[0]) if row is not None and n else 0  # not 0 where the first tokens left a gap
+        if n and caps.kind is MemoryKind.FULL and first != begin:
+            found.append(f"row {seq_id} begins at position {first}, not {begin}")
         if row is not None and len(np.unique(row.cells)) != n:
             found.append(f"row {seq_id} holds a cell twice")
     counted = store.n_unique_cells()

@@ -23,6 +23,7 @@ from test_reasoning import QWEN, TOOLS
 
 from llama_sessions import (
     STRATEGIES,
+    CapacityError,
     ContextManager,
     ContextOverflow,
     Engine,
@@ -322,6 +323,76 @@ def test_one_question_may_take_any_number_of_tool_calls(load: Loader, way: str, 
     assert_exact(cm, session)
 
 
+CLOCK = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+
+
+def add_calls(session: Session, *numbers: int) -> None:
+    for i in numbers:
+        session.add("assistant", "calling", tool_calls=[{"id": f"c{i}", **CLOCK}])
+        session.add_tool_result(f"it is {i}", f"c{i}")
+
+
+@pytest.mark.parametrize("eviction", ["message", "fifo"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_summary_of_earlier_calls_takes_the_question_from_nobody(load: Loader, way: str, eviction: str) -> None:
+    """It stands behind the question, and is a user's message: still it is not what was asked last."""
+    cm = load("llama-bpe", n_ctx=256, eviction=eviction, n_sink=0, **WAYS[way])
+    calls: list[list[Message]] = []
+    cm.set_hook("on_evict", lambda gone, s: calls.append(list(gone)) or [{"role": "user", "content": "a summary"}])
+    session = said("How long will it take?")
+    for i in range(40):
+        add_calls(session, i)
+        cm.prepare(session)
+        window = session.window
+        assert window[0] is session.messages[0]
+        stands_in = [m["content"] == "a summary" for m in window]
+        assert stands_in == [bool(calls) and k == 1 for k in range(len(window))]
+        assert window[-2:] == session.messages[-2:]
+    assert len(calls) >= 4
+    assert all(m["content"] == "a summary" for call in calls[1:] for m in call[:1])
+    assert all(m["role"] != "user" for call in calls for m in call[bool(call[0]["role"] == "user") :])
+    session.add_assistant("done")
+    grown(cm, session, until=cm.stats().n_evictions + 6)  # what is answered goes as ever
+    assert not any(m is session.messages[0] for m in session.window)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_before_encode_puts_at_the_end_does_not_part_a_question_from_its_calls(load: Loader, way: str) -> None:
+    cm = load("llama-bpe", n_ctx=256, **WAYS[way])
+    extra = {"role": "user", "content": "Today is Monday."}
+    cm.set_hook("before_encode", lambda messages, session: [*messages, extra])
+    session = said(line(0), "I see.", "How long will it take?")
+    for i in range(20):
+        add_calls(session, i)
+        cm.prepare(session)
+        window = session.window
+        assert any(m is session.messages[2] for m in window)
+        assert window[-2:] == session.messages[-2:]
+        assert text_of(cm, session).count("Today is Monday.") == 1
+    assert cm.stats().n_evictions >= 3
+
+
+def test_a_dict_that_is_asked_again_stays_with_its_answer(load: Loader) -> None:
+    """One that is in the list twice is out at both places or at none: the last question would be lost."""
+    cm = load("llama-bpe", n_ctx=256)
+    question: Message = {"role": "user", "content": "And now?"}
+    session = Session()
+    session.messages = [question, {"role": "assistant", "content": line(0)}]
+    while cm.stats().n_evictions < 2:
+        session.add_user(line(1))
+        session.add_assistant(line(2))
+        session.messages.append(question)
+        cm.prepare(session)
+        window = session.window
+        assert window[:2] == session.messages[:2]
+        assert window[-1] is question
+        assert text_of(cm, session).count("And now?") == 2
+        session.messages.pop()
+    session.messages.append(question)
+    reply = Engine(cm).chat(session, max_tokens=3, seed=1, logit_bias=no_end(cm))
+    assert [m["content"] for m in session.messages[-2:]] == ["And now?", reply.text]
+
+
 def test_a_pinned_call_of_the_last_turn_stays_and_its_neighbours_go(load: Loader) -> None:
     cm = load("llama-bpe", n_ctx=256)
     session = said("Begin!")
@@ -343,6 +414,24 @@ def test_a_pinned_call_of_the_last_turn_stays_and_its_neighbours_go(load: Loader
         session.add_tool_result(f"it is {i}", f"c{i}")
     with pytest.raises(ContextOverflow):
         cm.prepare(session)
+
+
+def test_a_row_may_begin_with_a_gap(load: Loader) -> None:
+    """Without a system text and sinks the first tokens go like any others."""
+    cm = load("llama-bpe", n_ctx=512, n_sink=0, **WAYS["gap"])
+    session = said(*(line(i) for i in range(9)))
+    cm.prepare(session)
+    n_gone = cm.make_room(session, 20)
+    assert int(row_of(cm, session).positions()[0]) == n_gone > 0
+    cm.check_integrity()
+    cm.append(session, 65)
+    logits = cm.logits(session).copy()
+    for comes_back in (cm.fork, lambda s: cm.park(s) and s):
+        again = comes_back(session)
+        np.testing.assert_allclose(cm.logits(again), logits, atol=0.02)
+        cm.check_integrity()
+    cm.rebuild(session)
+    assert_exact(cm, session)
 
 
 def test_a_gap_goes_up_to_the_trained_length_and_then_the_window_begins_anew(load: Loader) -> None:
@@ -747,6 +836,96 @@ def test_what_make_room_dropped_is_handed_to_the_hook_by_the_next_prepare(load: 
     assert_exact(cm, session)
 
 
+def test_what_was_deleted_before_a_hook_was_handed_it_is_not_handed(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=512)
+    calls: list[list[Message]] = []
+    cm.set_hook("on_evict", lambda dropped, s: calls.append(list(dropped)) or [{"role": "user", "content": "sum"}])
+    session = said(*(line(i) for i in range(9)))
+    cm.prepare(session)
+    cm.make_room(session, 100)
+    n_out = len(session.messages) - len(session.window)
+    assert n_out > 2
+    kept = session.messages[n_out - 1]
+    del session.messages[: n_out - 1]
+    cm.prepare(session)
+    assert calls == [[kept]]
+    assert session.window == [{"role": "user", "content": "sum"}, *session.messages[1:]]
+    del session.messages[0]  # what the summary was of
+    cm.make_room(session, 1)
+    cm.prepare(session)
+    assert len(calls) == 1  # it went first, and there is nothing that it stood for
+    cm.make_room(session, 1)
+    session.messages = session.window
+    cm.prepare(session)
+    assert len(calls) == 1
+
+
+def test_a_summary_that_a_reply_took_the_room_of_is_handed_to_the_next_hook(load: Loader) -> None:
+    """What happened before it would be forgotten."""
+    cm = load("llama-bpe", n_ctx=256)
+    calls: list[list[Message]] = []
+
+    def summarise(dropped: list[Message], session: Session) -> list[Message]:
+        calls.append(list(dropped))
+        return [{"role": "user", "content": f"summary {len(calls)}"}]
+
+    cm.set_hook("on_evict", summarise)
+    session = grown(cm, Session())
+    session.add_assistant("Yes.")
+    stream = Engine(cm).stream(session, "Go!", max_tokens=300, seed=1, logit_bias=no_end(cm))
+    next(stream)
+    n_calls = len(calls)
+    (summary,) = session.window_state.replacements
+    for _ in stream:
+        pass
+    assert len(calls) == n_calls
+    assert not any(m is summary for m in session.window)
+    session.add_user("And now?")
+    cm.prepare(session)
+    assert calls[n_calls][0] is summary
+    assert [m["content"] for m in session.window if m["content"].startswith("summary")] == [f"summary {len(calls)}"]
+
+
+def test_what_a_hook_answered_counts_for_the_next_try_where_there_was_no_room(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=512, n_batch=256, radix=False)
+    calls: list[list[Message]] = []
+
+    def summarise(dropped: list[Message], session: Session) -> list[Message]:
+        calls.append(list(dropped))
+        return [{"role": "user", "content": f"summary {len(calls)}"}]
+
+    cm.set_hook("on_evict", summarise)
+    other = said("~" * 200)
+    cm.prepare(other)
+    cm.pin(other)
+    session = said(*(line(i) for i in range(21)))
+    n_needed = cm.preview(session).n_tokens
+    for _ in range(3):
+        with pytest.raises(CapacityError) as e:
+            cm.prepare(session)
+        assert not isinstance(e.value, ContextOverflow)
+        assert session.window == session.messages
+    assert len(calls) == 1
+    session.messages[0]["content"] = "This is something else."
+    with pytest.raises(CapacityError):
+        cm.prepare(session)
+    assert len(calls) == 2
+    assert calls[1] == calls[0]
+    cm.set_hook("on_evict", lambda dropped, s: summarise(dropped, s))
+    for _ in range(2):
+        with pytest.raises(CapacityError):
+            cm.prepare(session)
+    assert len(calls) == 3
+    cm.release(other)
+    assert cm.prepare(session) <= n_needed + 20
+    assert len(calls) == 3
+    assert session.window[0]["content"] == "summary 3"
+    assert_exact(cm, session)
+    session.reset_window()
+    cm.prepare(session)  # there is room: what was answered is of no use any more
+    assert len(calls) == 4
+
+
 def test_a_cut_that_an_interrupt_kept_from_being_noted_is_no_ground_for_another(load: Loader) -> None:
     cm = load("llama-bpe", n_ctx=512)
     session = said(*(line(i) for i in range(9)))
@@ -798,6 +977,18 @@ def test_a_reply_of_many_times_the_window_goes_on_without_a_stop(load: Loader, w
     assert session.n_past <= 256 - cm.headroom
     cm.rebuild(session)
     oracle.assert_exact(cm.logits(session), cm.tokens(session))
+
+
+@pytest.mark.parametrize("n_ctx_train", [16384, 1024])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_token_of_a_reply_that_goes_counts_once(load: Loader, way: str, n_ctx_train: int) -> None:
+    """`n_ctx_train`: where a gap comes to its end the window begins anew, with what is left of the reply."""
+    options = {**WAYS[way], "model": {"n_ctx_train": n_ctx_train}}
+    cm = load("llama-bpe", n_ctx=256, n_batch=256, n_sink=0, **options)
+    session, n = said("Who?", "I.", "And?", "No."), 12 * 256
+    reply = Engine(cm).chat(session, "Go!", max_tokens=n, seed=1, logit_bias=no_end(cm))
+    n_had = reply.n_prompt + n - 1  # nobody decodes the last one
+    assert n_had - cm.stats().n_tokens_evicted == row_of(cm, session).n <= 256
 
 
 @pytest.mark.parametrize("within", ["thinking", "text", "call"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CapacityError
-from .hooks import Hooks
+from .hooks import Answer, Hooks
 from .kv.alignment import Alignment, Ranges, ranges_of, size_of, without
 from .kv.holes import Cut, Holes
 from .kv.row import Row, common_prefix, end_of
@@ -75,6 +76,7 @@ class Asking:
     n_evicted: int = 0
     gone: tuple[Message, ...] = ()  # since the hook was asked last
     fresh: tuple[Message, ...] = ()  # what it answered then
+    answers: tuple[Answer, ...] = ()  # all of them, and those to an earlier try for which there was no room
     dropped: tuple[Message, ...] = ()  # messages of the session, in all
 
 
@@ -91,6 +93,7 @@ class Evictor:
         self._strategy = options.eviction
         self._whole_turns = options.eviction == "fifo"
         self._instead = Notice()
+        self._answers: weakref.WeakKeyDictionary[Session, tuple[Answer, ...]] = weakref.WeakKeyDictionary()
         self.n_evictions = 0
         self.n_tokens = 0
 
@@ -102,26 +105,43 @@ class Evictor:
 
     def report(self, asking: Asking, session: Session, *, asks_hook: bool = True) -> Asking:
         """Hand what went to `on_evict`, and look at the conversation through the new window."""
-        window, gone = asking.window, list(asking.gone)
-        if not gone and not self.has_to_report(session):
+        window, gone, answers = asking.window, list(asking.gone), asking.answers
+        if not gone and not self.has_to_report(asking, session):
             return asking
         dropped = [*asking.dropped, *(m for m in gone if not _is_in(m, window.replacements))]
         fresh: Sequence[Message] = ()
         if self._hooks.watches_evictions:
-            handed = [*window.replacements, *window.unreported]
-            handed += [m for m in gone if not _is_in(m, handed)]
-            fresh = self._hooks.on_evict(handed, session) if asks_hook else ()
+            if asks_hook:
+                handed = window.handed(session.messages, gone)
+                answer = self._hooks.on_evict(handed, session, answers)
+                fresh = answer.messages
+                answers = (*(a for a in answers if a is not answer), answer)
             window = window.without(session.messages, gone, reported=True, replacements=fresh)
         else:
             window = window.without(session.messages, gone, reported=True)
         conversation = self._prompter.conversation(session, window, continue_last=asking.conversation.continue_last)
         return replace(
-            asking, window=window, conversation=conversation, gone=(), fresh=tuple(fresh), dropped=tuple(dropped)
+            asking,
+            window=window,
+            conversation=conversation,
+            gone=(),
+            fresh=tuple(fresh),
+            answers=answers,
+            dropped=tuple(dropped),
         )
 
-    def has_to_report(self, session: Session) -> bool:
+    def has_to_report(self, asking: Asking, session: Session) -> bool:
         """Whether `make_room` dropped what a hook wants to hear of."""
-        return bool(session.window_state.unreported) and self._hooks.watches_evictions
+        return self._hooks.watches_evictions and asking.window.is_unheard(session.messages)
+
+    def remember(self, session: Session, asking: Asking) -> None:
+        """There was no room for it now: what the hook answered counts for the next try, too."""
+        if asking.answers:
+            self._answers[session] = asking.answers
+
+    def remembered(self, session: Session) -> tuple[Answer, ...]:
+        """What the hook answered to the last try, if there was no room for that; it is forgotten with this."""
+        return self._answers.pop(session, ())
 
     # -- what is wanted
 
@@ -248,16 +268,17 @@ class Evictor:
         if self._hooks.watches_evictions:
             # They go in any case, and something of about their length comes back.
             n_needed += layout.n_tokens_of(asking.window.replacements)
-        return self._chosen(session, layout, n_needed, asking.n_sink, anew=anew)
+        return self._chosen(session, layout, n_needed, asking.n_sink, asking.window, anew=anew)
 
     def _chosen(
-        self, session: Session, layout: Layout, n_needed: int, n_sink: int, *, anew: bool
+        self, session: Session, layout: Layout, n_needed: int, n_sink: int, window: Window, *, anew: bool
     ) -> tuple[Ranges, list[int]]:
         from .kv.eviction import STRATEGIES, earlier_steps, plan_eviction, units  # here: most programs never come here
 
         pinned = {id(m) for m in session.pinned_messages()}
         n_sink = 0 if anew else n_sink  # what is decoded anew needs none
-        request = layout.request(n_needed, layout.n_head + n_sink, pinned)
+        stand_ins = {id(m) for m in window.replacements}
+        request = layout.request(n_needed, layout.n_head + n_sink, pinned, stand_ins)
         chosen = "message" if anew and self._whole_turns else self._strategy
         strategy = STRATEGIES[chosen] if isinstance(chosen, str) else chosen
         n = request.n_tokens
@@ -335,8 +356,14 @@ class Evictor:
         if not np.array_equal(row.tokens[:n], layout.alignment.tokens[:n]):
             return (), layout, []  # an interrupt came when it had been cut, and before that was noted
         layout = self._of_row(layout, row)
-        ranges, gone = self._chosen(session, layout, n_needed, n_sink, anew=False)
+        ranges, gone = self._chosen(session, layout, n_needed, n_sink, session.window_state, anew=False)
         return ranges, layout, gone
+
+    @staticmethod
+    def n_evicted(asking: Asking, layout: Layout | None) -> int:
+        """How many tokens go that were there until now. `layout`: how the row lay in the prompt before."""
+        n_before = 0 if layout is None else layout.n_cut_of(asking.reply)
+        return asking.n_evicted - min(n_before, asking.n_reply_cut)
 
     def count(self, n_tokens: int) -> None:
         """Note an eviction."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from .errors import OptionError
@@ -13,6 +15,21 @@ from .session import Session
 from .types import Message
 
 NAMES = ("before_encode", "on_evict", "sink_fn", "on_progress")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What an `on_evict` hook put in the place of messages that go. `said`: as these were then."""
+
+    hook: Callable[..., Any]
+    dropped: tuple[Message, ...]
+    said: tuple[str, ...]
+    messages: tuple[Message, ...]
+
+    def is_to(self, dropped: Sequence[Message]) -> bool:
+        """Whether it was asked for these very dicts, which say what they said then."""
+        same = len(dropped) == len(self.dropped) and all(map(is_, dropped, self.dropped))
+        return same and self.said == tuple(map(repr, dropped))
 
 
 class Hooks:
@@ -65,18 +82,24 @@ class Hooks:
         hook = self._hooks.get("sink_fn")
         return default if hook is None else checked_int("what the sink_fn hook returns", hook(session), 0, most)
 
-    def on_evict(self, dropped: list[Message], session: Session) -> list[Message]:
-        """What is to stand for the messages that go; the hook gets the session's own dicts."""
+    def on_evict(self, dropped: Sequence[Message], session: Session, known: Sequence[Answer] = ()) -> Answer:
+        """What is to stand for the messages that go: what it is `known` to have answered, else what it answers now. The
+        hook gets the session's own dicts."""
+        hook = self._hooks["on_evict"]
+        answer = next((a for a in known if a.hook is hook and a.is_to(dropped)), None)
+        if answer is not None:
+            return answer
         self._evicting.now = True
         try:
-            replacements = self._hooks["on_evict"](dropped, session)
+            replacements = hook(list(dropped), session)
         finally:
             self._evicting.now = False
         if replacements is None:
-            return []
+            replacements = ()
         if not isinstance(replacements, list | tuple):
             raise OptionError(f"the on_evict hook must return a list of messages or None, not {replacements!r}")
-        return [dict(check_message(m, f"message {i} of the on_evict hook")) for i, m in enumerate(replacements)]
+        checked = [dict(check_message(m, f"message {i} of the on_evict hook")) for i, m in enumerate(replacements)]
+        return Answer(hook, tuple(dropped), tuple(map(repr, dropped)), tuple(checked))
 
     @property
     def watches_evictions(self) -> bool:

@@ -162,10 +162,9 @@ class House:
         return self._reply_format
 
     def grammar(self, gbnf: str) -> Constraint:
-        """`gbnf` compiled for this vocabulary, for one reply. OptionError says where it is wrong. Never waits for a
-        decode."""
-        self._entry.check()
-        return self._parts.grammar(gbnf)
+        """`gbnf` compiled for this vocabulary, for one reply. OptionError says where it is wrong."""
+        with self._entry.reading():
+            return self._parts.grammar(gbnf)
 
     # -- hooks and the system prompt
 
@@ -174,8 +173,9 @@ class House:
 
         `before_encode(messages, session)`: returns the messages that the template is to see, or None for these.
         `on_evict(dropped, session)`: gets what leaves the window, earlier replacements first, and returns messages that
-        are to stand in its place (all it wants to keep of the earlier ones, too), or None. `sink_fn(session)`: returns
-        `n_sink` for that session. These three may use the manager, for other sessions, too; what has to go from
+        are to stand in its place (all it wants to keep of the earlier ones, too), or None; where there is no room for
+        what it answered, that counts for the next try at the same messages. `sink_fn(session)`: returns `n_sink` for
+        that session. These three may use the manager, for other sessions, too; what has to go from
         those within an `on_evict` goes without asking it again. What they raise passes through, and the row is as
         before.
         `on_progress(done, total, session)`: tokens of a prompt; may only read, and returns False to cancel.

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .kv.alignment import Alignment, Ranges, without
-from .types import Message
+from .types import Message, TokenArray
 
 if TYPE_CHECKING:
     from .kv.eviction import Eviction
@@ -53,22 +55,37 @@ class Layout:
         """The range in the row of what was said since."""
         return self.alignment.place(self.n_rendered, len(self.alignment.whole))
 
-    def request(self, n_needed: int, n_kept: int, pinned: Set[int]) -> Eviction:
+    def n_cut_of(self, reply: TokenArray) -> int:
+        """How many tokens of `reply` the row has lost; 0 where it is not that which was said since."""
+        said = self.alignment.whole[self.n_rendered :]
+        p0, p1 = self.reply
+        return len(said) - (p1 - p0) if np.array_equal(said, reply[: len(said)]) else 0
+
+    def request(self, n_needed: int, n_kept: int, pinned: Set[int], replacements: Set[int] = frozenset()) -> Eviction:
         """What a strategy is to be asked. `pinned`: ids of the message dicts that stay, and their turns with them: an
         answer without its question, or the other way round, is what many templates refuse. The question of the last
-        turn stays in any case."""
+        turn stays in any case. `replacements`: ids of those that stand for others; they go first, and keep nothing.
+        """
         from .kv.eviction import Eviction, Piece
 
-        turns = list(accumulate(part.role == "user" for part in self.parts))
-        kept = {turn for turn, part in zip(turns, self.parts, strict=True) if id(part.message) in pinned}
-        if self.parts and turns[-1]:
-            kept.discard(turns[-1])
+        # Whatever a hook put in asks nothing: behind a question it would part that from its calls.
+        asks = [p.role == "user" and p.message is not None and id(p.message) not in replacements for p in self.parts]
+        turns = list(accumulate(asks))
+        own = [(turn, id(p.message)) for turn, p in zip(turns, self.parts, strict=True) if p.message is not None]
+        latest = turns[-1] if turns else 0
+        # A dict that stands there twice goes at both places or at none.
+        again = {message for turn, message in own if turn == latest}
+        kept = {t for t, message in own if message in pinned or (t < latest and message in again)}
+        if latest:
+            kept.discard(latest)
+        # The last one is what is to be answered, or to go on, whoever said it.
+        last = max((i for i, part in enumerate(self.parts) if part.message is not None), default=0)
         pieces = []
         for i, part in enumerate(self.parts):
-            # The last one is what is to be answered, or to go on, whoever said it.
-            is_last = i == len(self.parts) - 1
-            stays = part.message is None or turns[i] in kept or id(part.message) in pinned or is_last
-            pieces.append(Piece(i, part.role, *self.alignment.place(part.p0, part.p1), stays))
+            is_kept = turns[i] in kept and id(part.message) not in replacements
+            stays = part.message is None or is_kept or id(part.message) in pinned or i == last
+            role = "system" if part.role == "user" and not asks[i] else part.role
+            pieces.append(Piece(i, role, *self.alignment.place(part.p0, part.p1), stays))
         return Eviction(n_needed, len(self.alignment.tokens), n_kept, tuple(pieces))
 
     def n_tokens_of(self, messages: Sequence[Message]) -> int:
@@ -90,9 +107,8 @@ class Layout:
         gone: list[int] = []
         for group in leaving_together(request.pieces, whole_turns=whole_turns):
             left = [p for p in group if not p.is_pinned]
-            held = [p for p in left if stays[max(p.p0, request.n_kept) : p.p1].any()]
-            went = [p for p in left if max(p.p0, request.n_kept) < p.p1 and p not in held]
-            if went and not held:
+            behind_sinks = [(p0, p.p1) for p in left if (p0 := max(p.p0, request.n_kept)) < p.p1]
+            if behind_sinks and not any(stays[p0:p1].any() for p0, p1 in behind_sinks):
                 # What has no tokens of its own beyond the sinks goes with the rest.
                 gone += [p.index for p in left]
         return gone

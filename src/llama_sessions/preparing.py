@@ -88,6 +88,7 @@ class Preparer:
             # It cannot be cut as it was to be: what stays is decoded anew.
             return self.begin(session, replace(asking, anew=True, expected=None, kept=None), holder)
         bent = None if layout.alignment.is_straight else layout
+        asking = replace(asking, n_evicted=self._evictor.n_evicted(asking, prompt.layout))
         prompt = Prompt(len(tokens), rendered, said_in(session, conversation), conversation, bent)
         pending = self._start(session, tokens, prompt, not conversation.is_empty, holder, started, asking=asking)
         if asking.window is not session.window_state:

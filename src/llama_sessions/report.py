@@ -113,7 +113,8 @@ class Stats:
     Slots count sessions only; `n_sessions` have one, `n_parked` gave theirs up; of both together `n_approximate` have
     KV that is approximate, after an eviction. `n_cells_used` sums the tokens of all
     rows, `n_cells_unique` counts a shared cell once; `n_cells_total` None: each row has cells of its own (or needs
-    none). Native operations are `llama_memory_seq_*` calls that change something.
+    none). Native operations are `llama_memory_seq_*` calls that change something. `n_tokens_evicted`: tokens that
+    went to make room, of prompts and of replies; what went of a reply counts once, however often it begins anew.
     """
 
     slots_total: int

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 
-from .errors import Cancelled, LlamaSessionsError, StateError
+from .errors import Cancelled, CapacityError, ContextOverflow, LlamaSessionsError, StateError
 from .evicting import Asking
 from .house import House
 from .options import checked_int
@@ -60,11 +61,16 @@ class Steps(House):
     ) -> Pending:
         """Hooks may use the manager, so they run outside of the lock, and before the plan."""
         asking = self._asking(session, continue_last=continue_last, reply=reply, n_free=n_free, anew=anew)
-        if self._evictor.has_to_report(session):
-            asking = self._evictor.report(asking, session)
+        asking = replace(asking, answers=self._evictor.remembered(session))
+        asking = self._evictor.report(asking, session)
         while True:
-            with self._entry.gate(), self._entry.change:
-                answer = self._preparer.begin(session, asking, holder)
+            try:
+                with self._entry.gate(), self._entry.change:
+                    answer = self._preparer.begin(session, asking, holder)
+            except CapacityError as e:
+                if not isinstance(e, ContextOverflow):
+                    self._evictor.remember(session, asking)
+                raise
             if isinstance(answer, Pending):
                 return answer
             asking = self._evictor.report(answer, session)

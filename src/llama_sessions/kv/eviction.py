@@ -19,8 +19,9 @@ class Piece:
     """Tokens `[p0, p1)` of a row that belong to one message, its frame included.
 
     `index`: number of the message in the prompt, a system text counted; -1 for tokens of no message. Pieces come in
-    order, one a message, and may be empty; what lies between two of them belongs to no message either. `is_pinned`:
-    stays whole (so do a system text and what `before_encode` put in).
+    order, one a message, and may be empty; what lies between two of them belongs to no message either. `role`: "user"
+    for what the session's user said; a user's message that a hook put in is a "system" one here, as it asks nothing.
+    `is_pinned`: stays whole (so do a system text and what `before_encode` put in).
     """
 
     index: int

@@ -18,7 +18,17 @@ from typing import Any
 from models import model_path
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "14_async_chat_server.py"
-COMMAND = [sys.executable, str(SCRIPT), "--preset", "fast", "--n-threads", "1", "--port"]
+ARGUMENTS = ["--preset", "fast", "--n-threads", "1", "--port"]
+COMMAND = [sys.executable, str(SCRIPT), *ARGUMENTS]
+# As if its model were large: however fast the machine, a long reply takes longer than any test of what happens in it.
+SLOW = f"""
+import runpy, sys, time
+from llama_sessions.llama.context import LlamaContext
+decode = LlamaContext.decode
+LlamaContext.decode = lambda *args: time.sleep(0.05) or decode(*args)
+sys.argv[0] = {str(SCRIPT)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @dataclass
@@ -80,16 +90,13 @@ class Server:
         assert self.process.returncode == 0
 
 
-def endless() -> tuple[str, str]:
-    """A model that says 2,048 tokens, slowly, unless it is stopped."""
-    return "--model", str(model_path("llama-spm", n_layer=16))
-
-
 @contextmanager
-def serving(*args: str) -> Iterator[Server]:
-    """Start it on a free port, and end it."""
+def serving(*, endless: bool = False) -> Iterator[Server]:
+    """Start it on a free port, and end it. `endless`: a reply takes minutes unless it is stopped: 2,048 tokens, 20 a
+    second."""
+    model = [sys.executable, "-c", SLOW, *ARGUMENTS, "0", "--model", str(model_path("llama-spm"))]
     process = subprocess.Popen(
-        [*COMMAND, "0", *args],
+        model if endless else [*COMMAND, "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

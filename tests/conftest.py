@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from models import model_path
 
 from llama_sessions import ContextManager
+
+# How long an example takes, or its invention, says nothing on a machine that does other things as well.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 opened: list[ContextManager] = []
 _original_start = ContextManager._start

@@ -640,16 +640,24 @@ def test_a_preset_is_what_its_options_are(load: Loader) -> None:
 def test_a_stream_is_cancelled_from_another_thread(load: Loader) -> None:
     cm = load()
     session = Session()
-    stream = Engine(cm).stream(session, "Who?", max_tokens=100_000, logit_bias=only_text(cm))
-    chunks = [next(stream)]
-    thread = threading.Timer(0.05, stream.cancel)
-    thread.start()
-    for chunk in stream:
-        chunks.append(chunk)
-        time.sleep(0.001)
-    thread.join()
+    stream = Engine(cm).stream(session, "Who?", max_tokens=500, logit_bias=only_text(cm))
+    sampler = stream._generation._sampler
+    sample, n_sampled = sampler.sample, 0
+
+    def cancelled_meanwhile(*args: Any) -> int | None:
+        nonlocal n_sampled
+        n_sampled += 1
+        if n_sampled == 5:
+            thread = threading.Thread(target=stream.cancel)
+            thread.start()
+            thread.join()
+        return sample(*args)
+
+    sampler.sample = cancelled_meanwhile  # type: ignore[method-assign]
+    chunks = list(stream)
     reply = chunks[-1].reply
     assert reply is not None
+    assert (reply.n_generated, n_sampled) == (4, 5)
     assert reply.stop_reason == "cancelled"
     assert chunks[-1].token is None
     assert session.messages[-1]["content"] == reply.text
@@ -672,13 +680,13 @@ def test_a_cancel_before_the_first_token_takes_everything_back(load: Loader) -> 
     assert Engine(cm).chat(session, "Who?", max_tokens=2).n_generated
 
 
-def test_a_deadline_ends_the_reply_as_it_stands(load: Loader) -> None:
+def test_a_deadline_ends_the_reply_as_it_stands(load: Loader, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     cm = load(n_ctx=8192)
     session = Session()
-    started = time.perf_counter()
-    reply = Engine(cm).chat(session, "Who?", max_tokens=100_000, timeout_s=0.1, logit_bias=only_text(cm))
-    assert 0.1 <= time.perf_counter() - started < 5
-    assert reply.stop_reason == "timeout"
+    decode = LlamaContext.decode
+    monkeypatch.setattr(LlamaContext, "decode", lambda *args: clock.go_on(200) or decode(*args))
+    reply = Engine(cm).chat(session, "Who?", max_tokens=500, timeout_s=900, logit_bias=only_text(cm))
+    assert (reply.stop_reason, reply.n_generated) == ("timeout", 4)  # one a decode that began and ended in time
     assert reply.finish_reason == "length"
     assert session.messages[-1]["content"] == reply.text
     late = Engine(cm).chat(session, "And?", timeout_s=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import Server, endless, serving
+from chat_server import Server, serving
 
 pytestmark = pytest.mark.browser
 
@@ -120,7 +120,7 @@ def test_two_tabs_talk_fork_and_undo_and_the_map_shows_it(window: Any, server: S
 
 
 def test_stop_keeps_what_was_said(window: Any) -> None:
-    with serving(*endless()) as server:
+    with serving(endless=True) as server:
         page = opened(window, server)
         begin(page, "Count.")
         expect(page.locator(".assistant")).not_to_be_empty()

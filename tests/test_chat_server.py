@@ -7,12 +7,12 @@ import re
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chat_server import COMMAND, SCRIPT, Server, endless, serving
+from chat_server import COMMAND, SCRIPT, Server, serving
+from gate import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Server]:
-    with serving(*endless()) as server:
+    with serving(endless=True) as server:
         yield server
 
 
@@ -35,13 +35,6 @@ def tab(server: Server) -> str:
 def new_tab(server: Server) -> str:
     tab: str = server.json("/tabs", {})["tab"]
     return tab
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def last(state: dict[str, Any]) -> str:
@@ -136,13 +129,13 @@ def test_who_leaves_in_mid_reply_leaves_the_session_free(slow: Server) -> None:
     response = slow.ask(f"/tabs/{tab}/chat", {"text": "Count."})
     next(slow.events(response))
     response.close()
-    until(lambda: slow.json("/map")["pool"]["n_cancelled"] > before)
+    wait_until(lambda: slow.json("/map")["pool"]["n_cancelled"] > before)
     assert slow.json("/map")["pool"]["n_running"] == 0
     assert len(slow.json(f"/tabs/{tab}/undo", {})["messages"]) == 0
 
 
 def test_ctrl_c_in_mid_reply_ends_it_with_what_was_said() -> None:
-    with serving(*endless()) as server:
+    with serving(endless=True) as server:
         events = server.events(server.ask(f"/tabs/{new_tab(server)}/chat", {"text": "Count."}))
         next(events)
         server.end()

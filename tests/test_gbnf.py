@@ -236,10 +236,10 @@ print(n_accepted, n_walked)
 
 
 def refused(text: str, what: str) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()  # of its own work, whatever else the machine does
     with pytest.raises(OptionError, match=what):
         check_gbnf(text)
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_a_grammar_nested_beyond_reason_is_refused() -> None:

@@ -424,7 +424,7 @@ def test_threads_that_chat_over_fewer_slots_than_sessions_hear_what_they_would_o
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=60)
     assert not any(thread.is_alive() for thread in threads)
     assert errors == []
     assert heard == expected

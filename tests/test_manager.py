@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from child import run_child
 from conversations import said
+from gate import LONG_S, Gate
 from models import model_path
 from oracle import oracle_for
 
@@ -230,6 +231,21 @@ def test_a_step_hands_out_the_logits_of_those_who_have_some_now(load: Loader) ->
     assert list(read) == [talking, whole]
     for session, logits in read.items():
         assert np.array_equal(logits, cm.logits(session))
+
+
+def test_who_reads_within_a_step_gets_logits_while_somebody_is_parked(cm: ContextManager) -> None:
+    one, back, away = prepared(cm, "One?"), prepared(cm, "Two?"), prepared(cm, "Three?")
+    for session in (back, away):
+        cm.park(session)
+    got: dict[Session, FloatArray] = {}
+    cm.step(
+        [NextToken(one, 65), NextToken(back, 66)], read=lambda session, logits: got.update({session: logits.copy()})
+    )
+    assert set(got) == {one, back}
+    assert cm.is_parked(away)
+    for session, logits in got.items():
+        np.testing.assert_array_equal(logits, cm.logits(session))
+        assert_exact(cm, session)
 
 
 def test_a_decode_that_failed_gives_nobody_logits_to_read(cm: ContextManager, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1069,40 +1085,24 @@ def test_describe_names_every_row(cm: ContextManager) -> None:
     assert other.messages
 
 
-class SlowDecode:
-    """Makes `llama_decode` take a while, with the lock held, until told to go on."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.entered, self.go_on = threading.Event(), threading.Event()
-        real = LlamaContext.decode
-
-        def slow(this: LlamaContext, runs: Any) -> int:
-            self.entered.set()
-            assert self.go_on.wait(10)
-            return real(this, runs)
-
-        monkeypatch.setattr(LlamaContext, "decode", slow)
-
-
 def test_stats_and_describe_do_not_wait_for_a_decode(cm: ContextManager, monkeypatch: pytest.MonkeyPatch) -> None:
     other = prepared(cm, "other")
     before = cm.stats()
-    slow = SlowDecode(monkeypatch)
+    gate = Gate(monkeypatch, of=LlamaContext)
     session = said("Who are you?")
     thread = threading.Thread(target=cm.prepare, args=(session,))
     thread.start()
-    assert slow.entered.wait(10)
-    started = time.perf_counter()
+    gate.wait()
     stats, text = cm.stats(), cm.describe()
-    assert time.perf_counter() - started < 1.0
-    assert thread.is_alive()
+    assert thread.is_alive()  # in the decode, which nobody has let through
+    assert gate.inside.is_set()
     assert stats.n_decodes == before.n_decodes
     assert "slots in use" in text
     waiting = threading.Thread(target=cm.tokens, args=(other,))
     waiting.start()
     waiting.join(0.05)
     assert waiting.is_alive()  # what may change under a decode has to wait for it
-    slow.go_on.set()
+    gate.open()
     thread.join(10)
     waiting.join(10)
     assert cm.stats().n_decodes == before.n_decodes + 1
@@ -1116,7 +1116,7 @@ def test_describe_does_not_wait_for_a_decode_that_begins_in_the_middle_of_it(
     for k in range(1000):  # at each line of it
         left = k
         with monkeypatch.context() as patched:
-            slow = SlowDecode(patched)
+            gate = Gate(patched, of=LlamaContext)
             thread = threading.Thread(target=cm.append, args=(session, 65))
 
             def local(frame: FrameType, event: str, arg: Any) -> Any:
@@ -1124,24 +1124,22 @@ def test_describe_does_not_wait_for_a_decode_that_begins_in_the_middle_of_it(
                 left -= event == "line"
                 if left == -1 and event == "line":
                     thread.start()  # noqa: B023 - it runs in this turn of the loop
-                    slow.entered.wait(0.1)  # noqa: B023
+                    gate.wait()  # noqa: B023
                 return local
 
             def trace(frame: FrameType, event: str, arg: Any) -> Any:
                 return local if frame.f_code.co_filename.endswith(("manager.py", "entry.py", "overview.py")) else None
 
-            started = time.perf_counter()
             sys.settrace(trace)
             try:
                 text = cm.describe()
             finally:
                 sys.settrace(None)
-            seconds = time.perf_counter() - started
-            slow.go_on.set()
             if left >= 0:
                 break
-            thread.join(10)
-        assert seconds < 2
+            assert gate.inside.is_set()
+            gate.open()
+            thread.join(LONG_S)
         assert "slots in use" in text
     assert k > 10
     cm.check_integrity()
@@ -1170,7 +1168,7 @@ def test_describe_leaves_the_edges_out_where_the_cache_changes_under_it(
 
 def test_close_waits_for_the_call_that_is_under_way(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     cm = load()
-    slow = SlowDecode(monkeypatch)
+    gate = Gate(monkeypatch, of=LlamaContext)
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -1181,12 +1179,12 @@ def test_close_waits_for_the_call_that_is_under_way(load: Loader, monkeypatch: p
 
     worker = threading.Thread(target=work)
     worker.start()
-    assert slow.entered.wait(10)
+    gate.wait()
     closer = threading.Thread(target=cm.close)
     closer.start()
     closer.join(0.05)
     assert closer.is_alive()
-    slow.go_on.set()
+    gate.open()
     worker.join(10)
     closer.join(10)
     assert cm.is_closed

@@ -76,3 +76,33 @@ def test_a_prompt_goes_on_however_dear_it_is_and_never_beyond_the_batch() -> Non
     assert steps(Pace(0.01), 8, 50)[-1] == 1
     assert steps(Pace(0.99), 8, 50, n_left=20)[-1] == 20
     assert steps(Pace(0.5), 8, 3, n_left=0) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("factor", [100.0, 0.01])
+def test_one_step_of_talkers_alone_moves_little(factor: float) -> None:
+    pace = Pace(0.5)
+    steps(pace, 8, 40)
+    settled = pace.n_prompt(8, 500)
+    pace.note(8, 0, factor * linear(8, 0))
+    assert 0 < abs(pace.n_prompt(8, 500) - settled) <= 0.1 * settled + 4
+
+
+def test_a_prompt_that_seems_to_cost_nothing_is_not_believed() -> None:
+    pace = Pace(0.5)
+    pace.note(8, 0, 1.0)
+    pace.note(8, 8, 0.5)  # faster than without: the clock, or the others, went wrong
+    assert 100 <= pace.n_prompt(8, 500) <= 300  # a twentieth of the step, and no less
+    pace = Pace(0.5)
+    pace.note(8, 0, 0.0)
+    pace.note(8, 8, 0.0)
+    assert pace.n_prompt(8, 500) == 1
+
+
+@pytest.mark.parametrize("n_next", range(1, 12))
+def test_the_first_prompt_tokens_are_few_and_the_next_fill_whole_rows(n_next: int) -> None:
+    pace = Pace(0.5)
+    assert steps(pace, n_next, 2) == [0, 8]
+    exact = linear(n_next, 0) * 0.9 / ((linear(n_next, 8) - linear(n_next, 0)) / 8)
+    given = pace.n_prompt(n_next, 500)
+    assert (n_next + given) % 4 == 0
+    assert abs(given - exact) <= 3

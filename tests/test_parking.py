@@ -181,12 +181,23 @@ def test_when_cells_run_out_idle_sessions_are_parked(load: Loader) -> None:
         assert_exact(cm, session)
 
 
-def test_idle_sessions_are_parked_after_a_while(load: Loader) -> None:
-    cm = load(idle_park_after_s=0.05)
+class Clock:
+    """The clock by which sessions are idle; it stands still unless it is put forward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def test_idle_sessions_are_parked_after_a_while(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    cm = load(idle_park_after_s=5.0)
+    clock = Clock(monkeypatch)
     idle, busy = said("idle"), said("busy")
     cm.prepare(idle)
+    clock.now += 4.0
     cm.prepare(busy)
-    time.sleep(0.08)
+    assert cm.stats().n_parked == 0
+    clock.now += 4.0
     cm.append(busy, 65)
     assert cm.stats().n_parked == 1
     assert cm._seats.get(busy) is not None
@@ -596,11 +607,12 @@ def test_an_interrupted_return_loses_no_token(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_session_is_not_parked_at_the_end_of_its_own_long_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    cm, _ = fake(idle_park_after_s=0.02)
+    cm, _ = fake(idle_park_after_s=2.0)
+    clock = Clock(monkeypatch)
     real = FakeContext.decode
 
     def slow(self: FakeContext, runs: Any) -> int:
-        time.sleep(0.04)
+        clock.now += 4.0
         return real(self, runs)
 
     monkeypatch.setattr(FakeContext, "decode", slow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conversations import Loader, assert_as_alone, assert_exact, is_seated, over_fake, said
+from gate import LONG_S, Gate, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interrupting import interrupted_everywhere
@@ -22,6 +24,7 @@ from test_invariants import KINDS, Fault
 from llama_sessions import (
     Cancelled,
     CapacityError,
+    Chunk,
     ContextManager,
     ContextOverflow,
     DecodeError,
@@ -197,6 +200,18 @@ def test_with_the_whole_share_a_prompt_fills_the_batch() -> None:
     before = talker.n_generated
     step_until(pool, lambda: newcomer.is_over)
     assert talker.n_generated - before == math.ceil(newcomer.result().n_prompt / 63)
+    pool.close()
+
+
+def test_a_prompt_goes_on_beside_a_talker_where_a_batch_has_one_token() -> None:
+    pool = Pool(fake(n_batch=1))
+    (talker,) = say(pool, "1?", max_tokens=1000, **ENDLESS)
+    step_until(pool, lambda: talker.n_generated == 3)
+    (newcomer,) = say(pool, "2?" * 20, max_tokens=3, **ENDLESS)
+    step_until(pool, lambda: newcomer.is_over, most=200)
+    assert talker.n_generated - 3 == pytest.approx(newcomer.result().n_decoded + 2, abs=2)
+    assert_alone([newcomer], max_tokens=3, **ENDLESS)
+    pool.close()
 
 
 @pytest.mark.parametrize("n_batch", [1, 2, 3, 5])
@@ -214,6 +229,18 @@ def test_more_talkers_than_a_batch_has_room_for_take_turns(n_batch: int) -> None
                 longest = max(longest, step - said_at[ticket][1])
     assert_alone(tickets, max_tokens=20, **ENDLESS)
     assert longest <= 6
+
+
+@pytest.mark.parametrize("n_batch", [1, 2, 3, 4])
+def test_of_more_talkers_than_a_batch_has_room_for_each_says_as_much(n_batch: int) -> None:
+    pool = Pool(fake(n_batch=n_batch))
+    tickets = say(pool, *(f"{i}?" for i in range(5)), max_tokens=1000, **ENDLESS)
+    step_until(pool, lambda: all(t.n_generated for t in tickets), most=2000)
+    before = [t.n_generated for t in tickets]
+    for _ in range(10):
+        pool.step()
+    assert [t.n_generated - n for t, n in zip(tickets, before, strict=True)] == [2 * n_batch] * 5
+    pool.close()
 
 
 def n_decoded(cm: ContextManager) -> int:
@@ -328,6 +355,7 @@ def test_of_those_who_were_passed_over_for_long_the_first_is_next() -> None:
     assert pool._batcher._next_in_line() is high
     low.n_passed_over = high.n_passed_over = 8
     assert pool._batcher._next_in_line() is low
+    pool.close()
 
 
 def test_a_prompt_that_began_anew_for_want_of_cells_may_still_give_way() -> None:
@@ -359,40 +387,38 @@ def test_the_queue_is_bounded() -> None:
     assert_alone([*tickets, third], max_tokens=3, **ENDLESS)
 
 
-def test_to_wait_for_a_place_ends_with_its_time_or_with_the_pool() -> None:
-    cm = fake(max_sessions=1, n_ctx=4000)
+def test_to_wait_for_a_place_ends_with_its_time_or_with_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    cm = fake(max_sessions=1)
+    gate = Gate(monkeypatch, 3)
     with Pool(cm, max_waiting=1) as pool:
-        runs, waits = say_one_after_another(pool)
+        (runs,) = say(pool, "1?", **ENDLESS)
+        gate.wait()
+        (waits,) = say(pool, "2?", **ENDLESS)
         started = time.monotonic()
         with pytest.raises(QueueFull):
             pool.submit(Session(), "3?", wait_s=0.1, **ENDLESS)
-        assert 0.09 <= time.monotonic() - started < 2.0
+        assert time.monotonic() - started >= 0.09
         errors: list[BaseException] = []
 
         def wait_long() -> None:
             try:
-                pool.submit(Session(), "4?", wait_s=60.0, **ENDLESS)
+                pool.submit(Session(), "4?", wait_s=LONG_S, **ENDLESS)
             except StateError as e:
                 errors.append(e)
 
         threads = [threading.Thread(target=wait_long) for _ in range(2)]
         for thread in threads:
             thread.start()
-        time.sleep(0.05)
-        pool.close()
+        wait_until(lambda: len(pool._batcher.changed._waiters) == 2)  # type: ignore[attr-defined]
+        closing = threading.Thread(target=pool.close)
+        closing.start()
         for thread in threads:
-            thread.join(5.0)
-        assert len(errors) == 2
+            thread.join(LONG_S)
+        assert len(errors) == 2  # though a decode is under way
+        assert closing.is_alive()
+        gate.open()
+        closing.join(LONG_S)
     assert runs.result().stop_reason == waits.result().stop_reason == "cancelled"
-
-
-def say_one_after_another(pool: Pool) -> tuple[Ticket, Ticket]:
-    """One that runs for long, one that waits."""
-    (runs,) = say(pool, "1?", **ENDLESS)
-    while runs.state == "waiting":
-        time.sleep(0.001)
-    (waits,) = say(pool, "2?", **ENDLESS)
-    return runs, waits
 
 
 def test_who_waits_for_a_place_gets_the_one_that_becomes_free_however_many_wait() -> None:
@@ -406,8 +432,8 @@ def test_who_waits_for_a_place_gets_the_one_that_becomes_free_however_many_wait(
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30.0)
-        replies = [ticket.result(30.0) for ticket in tickets]
+            thread.join(LONG_S)
+        replies = [ticket.result(LONG_S) for ticket in tickets]
     assert len(replies) == 8
     assert_alone(tickets, max_tokens=2, **ENDLESS)
 
@@ -454,7 +480,7 @@ def test_what_others_hold_outside_of_the_pool_is_a_clear_error_and_no_busy_loop(
 
 
 def test_room_made_outside_of_the_pool_is_seen_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_sessions.batching._LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("llama_sessions.batching._LOOK_AGAIN_S", -1.0)
     cm = fake(max_sessions=2)
     stream = Engine(cm).stream(Session(), "mine", **ENDLESS)
     next(stream)
@@ -812,7 +838,7 @@ def test_a_raising_sampler_ends_its_own_request() -> None:
     pool.run()
     with pytest.raises(ZeroDivisionError):
         bad.result()
-    assert len(list(bad_chunks(bad))) == 2
+    assert len(chunks_so_far(bad)) == 2
     assert bad.session.messages[-1]["role"] == "assistant"
     assert_alone([first], max_tokens=6, **ENDLESS)
 
@@ -850,14 +876,6 @@ def test_what_was_chosen_before_an_interrupt_is_said_and_not_chosen_again(
     assert_alone(tickets, **options)
     assert [n_chosen[t.generation] for t in tickets] == [12 - n_before[t.generation] for t in tickets]
     assert not pool._batcher._chosen
-
-
-def bad_chunks(ticket: Ticket) -> list[int | None]:
-    """What came before the error."""
-    tokens = []
-    while (chunk := ticket.take()) is not None:
-        tokens.append(chunk.token)
-    return tokens
 
 
 def test_a_row_that_cannot_be_parked_ends_its_own_request() -> None:
@@ -949,6 +967,7 @@ def test_what_is_wrong_with_a_request_is_said_at_once_and_holds_nothing() -> Non
         Pool(None)  # type: ignore[arg-type]
     with pytest.raises(TimeoutError):
         pool.submit(Session(), "x", **ENDLESS).result(timeout=0.0)
+    pool.close()
 
 
 def test_after_close_everything_is_refused_and_nothing_lost() -> None:
@@ -1012,6 +1031,46 @@ def test_a_hook_that_waits_for_the_pool_is_refused_and_one_that_closes_it_is_hea
     assert first.result().stop_reason == second.result().stop_reason == "cancelled"
 
 
+@pytest.mark.parametrize("has_worker", [False, True])
+def test_who_is_told_of_an_end_and_waits_for_the_pool_is_refused(
+    has_worker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool(fake())
+    gate = Gate(monkeypatch, 3)
+    first, second = say(pool, "1?", "2?", max_tokens=1000, **ENDLESS)
+    heard: list[str] = []
+
+    def listener() -> None:
+        if first.is_over:
+            pool.close()
+            with pytest.raises(StateError, match="in the middle of a step"):
+                second.result()
+            heard.append("refused")
+
+    first.on_change(listener)
+    if has_worker:
+        pool.__enter__()
+        gate.wait()
+        opened_by_the_end(pool, gate)
+    else:
+        for _ in range(3):
+            pool.step()
+    closing = threading.Thread(target=pool.close, daemon=True)
+    closing.start()
+    closing.join(LONG_S / 4)
+    assert not closing.is_alive()
+    assert heard == ["refused"]
+    assert first.result().stop_reason == second.result().stop_reason == "cancelled"
+
+
+def test_a_step_whose_end_was_interrupted_does_not_count_as_one_under_way() -> None:
+    pool = Pool(fake())
+    (ticket,) = say(pool, "1?", max_tokens=4, **ENDLESS)
+    pool._stepper = threading.get_ident()  # as it is left where Ctrl-C comes right before it is taken back
+    pool.run()
+    assert_alone([ticket], max_tokens=4, **ENDLESS)
+
+
 def test_a_listener_that_raises_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
     pool = Pool(fake())
     tickets = say(pool, "1?", "2?", max_tokens=4, **ENDLESS)
@@ -1030,7 +1089,7 @@ def test_threads_submit_and_wait_while_the_worker_drives() -> None:
     with Pool(fake(max_sessions=3, n_ctx=500)) as pool:
 
         def ask(text: str) -> None:
-            replies[text] = pool.submit(Session(), text, max_tokens=8, **ENDLESS).result(60.0)
+            replies[text] = pool.submit(Session(), text, max_tokens=8, **ENDLESS).result(LONG_S)
 
         threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
         for thread in threads:
@@ -1038,28 +1097,10 @@ def test_threads_submit_and_wait_while_the_worker_drives() -> None:
         with pytest.raises(StateError, match="worker drives it"):
             pool.run()
         for thread in threads:
-            thread.join(60.0)
+            thread.join(LONG_S)
     assert {text: reply.tokens for text, reply in replies.items()} == {
         text: alone(text, max_tokens=8, **ENDLESS) for text in texts
     }
-
-
-class Gate:
-    """Lets decodes through one by one, or slows them down: a decode that takes its time, as a real one does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float | None = None) -> None:
-        self.inside, self.go_on = threading.Event(), threading.Event()
-        real, gate = FakeContext.decode, self
-
-        def decode(this: FakeContext, runs: Any) -> int:
-            gate.inside.set()
-            if seconds is None:
-                assert gate.go_on.wait(20.0)
-            else:
-                time.sleep(seconds)
-            return real(this, runs)
-
-        monkeypatch.setattr(FakeContext, "decode", decode)
 
 
 def test_submit_cancel_stats_and_close_of_others_never_wait_for_a_decode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1067,8 +1108,7 @@ def test_submit_cancel_stats_and_close_of_others_never_wait_for_a_decode(monkeyp
     (first,) = say(pool, "1?", max_tokens=4, **ENDLESS)
     gate = Gate(monkeypatch)
     with pool:
-        assert gate.inside.wait(10.0)
-        started = time.monotonic()
+        gate.wait()
         (second,) = say(pool, "2?", max_tokens=4, **ENDLESS)
         first.cancel()
         assert pool.stats().n_waiting == 1
@@ -1076,24 +1116,52 @@ def test_submit_cancel_stats_and_close_of_others_never_wait_for_a_decode(monkeyp
         with pytest.raises(TimeoutError, match="no reply within"):
             second.result(timeout=0.0)
         assert not second.is_over
-        assert time.monotonic() - started < 5.0  # the decode is still inside
-        gate.go_on.set()
-        assert first.result(20.0).stop_reason == "cancelled"
-    monkeypatch.undo()
+        assert gate.inside.is_set()  # the decode is still inside
+        assert pool.stats().n_steps == 0
+        gate.open()
+        assert first.result(LONG_S).stop_reason == "cancelled"
     assert_alone([second], max_tokens=4, **ENDLESS)
 
 
+def test_to_submit_a_grammar_does_not_wait_for_a_decode(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    cm = load()
+    gate = Gate(monkeypatch, of=LlamaContext)
+    with Pool(cm) as pool:
+        say(pool, "1?", max_tokens=4, **GREEDY)
+        gate.wait()
+        (yes,) = say(pool, "2?", grammar='root ::= "yes" | "no"', **GREEDY)
+        (a_is,) = say(pool, "3?", json_schema=schema, **GREEDY)
+        with pytest.raises(OptionError, match="grammar"):
+            say(pool, "4?", grammar="root ::= (")
+        assert gate.inside.is_set()
+        gate.open()
+        assert yes.result(LONG_S).text in ("yes", "no")
+        assert set(json.loads(a_is.result(LONG_S).text)) == {"a"}
+    cm.close()
+    with pytest.raises(StateError, match="the manager is closed"):
+        cm.grammar('root ::= "a"')
+
+
 def test_whoever_waits_for_a_result_does_not_turn_in_circles(monkeypatch: pytest.MonkeyPatch) -> None:
-    Gate(monkeypatch, 0.01)
-    with Pool(fake()) as pool:
+    cm = fake()
+    gate = Gate(monkeypatch, 2)
+    with Pool(cm) as pool:
         (ticket,) = say(pool, "1?", max_tokens=20, **ENDLESS)
         waits, wait = [], ticket._changed.wait
-        ticket._changed.wait = lambda *a: waits.append(1) or wait(*a)  # type: ignore[method-assign,func-returns-value]
-        looked = []
+
+        def counted_wait(*args: Any) -> bool:
+            waits.append(args)
+            gate.open()  # now it waits, and the rest may come
+            return wait(*args)
+
+        ticket._changed.wait = counted_wait  # type: ignore[method-assign]
+        looked: list[Any] = []
         monkeypatch.setattr(Pool, "wait_for", counted(Pool.wait_for, looked))
-        ticket.result(20.0)
-    assert len(looked) <= 2
-    assert len(waits) <= 60
+        gate.wait()
+        ticket.result(LONG_S)
+    assert 1 <= len(looked) <= 2
+    assert 1 <= len(waits) <= 60
 
 
 def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
@@ -1104,14 +1172,27 @@ def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any
     return call
 
 
+def opened_by_the_end(pool: Pool, gate: Gate) -> None:
+    """Whoever closes the pool opens the gate: when nobody comes in any more, and before it waits for the decode."""
+    notify_all = pool._batcher.changed.notify_all
+
+    def notify_all_and_open() -> None:
+        notify_all()
+        if pool._drains:
+            gate.open()
+
+    pool._batcher.changed.notify_all = notify_all_and_open  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("drain", [True, False])
-def test_the_end_of_the_worker_loses_no_session(drain: bool) -> None:
+def test_the_end_of_the_worker_loses_no_session(drain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cm = fake(max_sessions=2)
+    gate = Gate(monkeypatch, 10)
     pool = Pool(cm)
     with pool:
         tickets = say(pool, *(f"{i}? " + "w" * 20 for i in range(5)), max_tokens=30, **ENDLESS)
-        while tickets[0].n_generated < 3:
-            time.sleep(0.001)
+        gate.wait()
+        opened_by_the_end(pool, gate)
         pool.close(drain=drain)
         assert all(ticket.is_over for ticket in tickets)
         with pytest.raises(StateError, match="closed"):
@@ -1130,9 +1211,11 @@ def test_the_end_of_the_worker_loses_no_session(drain: bool) -> None:
     assert drain or any(ticket.result().stop_reason == "cancelled" for ticket in tickets)
 
 
-def test_an_error_in_the_with_ends_what_is_under_way_at_once() -> None:
+def test_an_error_in_the_with_ends_what_is_under_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool(fake())
+    gate = Gate(monkeypatch, 5)
     (ticket,) = say(pool, "1?", max_tokens=1000, **ENDLESS)
+    opened_by_the_end(pool, gate)
     with pytest.raises(ZeroDivisionError), pool:
         raise ZeroDivisionError
     assert ticket.result(0.0).stop_reason == "cancelled"
@@ -1140,14 +1223,23 @@ def test_an_error_in_the_with_ends_what_is_under_way_at_once() -> None:
 
 def test_a_manager_closed_under_the_worker_ends_everybody() -> None:
     cm = fake()
-    with Pool(cm) as pool:
-        tickets = say(pool, "1?", "2?", max_tokens=1000, **ENDLESS)
-        while tickets[0].n_generated < 3:
-            time.sleep(0.001)
+    at_work, closed = threading.Event(), threading.Event()
+
+    def stop_between_two_steps() -> None:
+        if tickets[0].n_generated == 3:
+            at_work.set()
+            assert closed.wait(LONG_S)
+
+    pool = Pool(cm)
+    tickets = say(pool, "1?", "2?", max_tokens=1000, **ENDLESS)
+    tickets[0].on_change(stop_between_two_steps)
+    with pool:
+        assert at_work.wait(LONG_S)
         cm.close()
+        closed.set()
         for ticket in tickets:
             with pytest.raises(StateError, match="closed"):
-                ticket.result(20.0)
+                ticket.result(LONG_S)
         with pytest.raises(StateError, match="closed"):
             say(pool, "3?")
     assert tickets[0].session.messages[-1]["role"] == "assistant"
@@ -1158,7 +1250,7 @@ def test_a_worker_that_is_hit_by_anything_at_all_tells_everybody() -> None:
         pool._batcher.step = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
         (ticket,) = say(pool, "1?", **ENDLESS)
         with pytest.raises(ZeroDivisionError):
-            ticket.result(20.0)
+            ticket.result(LONG_S)
         with pytest.raises(StateError, match="closed"):
             say(pool, "2?")
 
@@ -1184,23 +1276,24 @@ def test_several_threads_iterate_over_one_ticket(has_worker: bool) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30.0)
+        thread.join(LONG_S)
         assert not thread.is_alive()
     assert sorted(t for t in got if t is not None) == sorted(ticket.result().tokens)
     assert len(got) == 60
     pool.close()
 
 
-def test_close_while_another_thread_waits_without_a_worker() -> None:
+def test_close_while_another_thread_waits_without_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool(fake())
+    gate = Gate(monkeypatch, 4)
     (ticket,) = say(pool, "1?", max_tokens=1000, **ENDLESS)
     replies: list[Reply] = []
     thread = threading.Thread(target=lambda: replies.append(ticket.result()))
     thread.start()
-    while ticket.n_generated < 3:
-        time.sleep(0.001)
+    gate.wait()
+    opened_by_the_end(pool, gate)
     pool.close()
-    thread.join(20.0)
+    thread.join(LONG_S)
     assert [reply.stop_reason for reply in replies] == ["cancelled"]
 
 
@@ -1219,10 +1312,9 @@ def test_submits_and_closes_that_meet_leave_nobody_waiting() -> None:
 
         thread = threading.Thread(target=ask)
         thread.start()
-        while not tickets:
-            time.sleep(0.0002)
+        wait_until(lambda: tickets)  # noqa: B023 - of this turn of the loop
         pool.close(drain=i % 2 == 0)
-        thread.join(20.0)
+        thread.join(LONG_S)
         assert not thread.is_alive()
         for ticket in tickets:
             assert ticket.is_over
@@ -1259,6 +1351,69 @@ def test_a_session_in_the_pool_lives_though_nobody_else_has_it() -> None:
     gc.collect()
     pool.run()
     assert_alone([ticket], max_tokens=5, **ENDLESS)
+
+
+def test_a_pool_that_is_dropped_under_way_keeps_what_was_said_and_waits_for_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cm = fake(n_batch=64)
+    sessions = [Session(namespace=name) for name in (None, None, "stem", "stem", None)]
+    talks, gave_way, in_prompt, for_stem, waits = sessions
+
+    def begin() -> tuple[str, str]:
+        pool = Pool(cm, prefill_share=1.0)
+        talker = pool.submit(talks, "1?", max_tokens=100, **ENDLESS)
+        pauses = pool.submit(gave_way, "2?", max_tokens=100, **ENDLESS)
+        step_until(pool, lambda: pauses.n_generated == 4)
+        for session in (in_prompt, for_stem):
+            pool.submit(session, "p" * 200, **ENDLESS)
+        pool.step()
+        pool._batcher._pause(pauses)
+        pool.submit(waits, "4?", **ENDLESS)
+        states = [ticket.state for ticket in pool._batcher.tickets]
+        assert states == ["running", "prompt", "prompt", "paused", "waiting"]
+        assert 0 < len(cm.tokens(in_prompt)) < 200
+        assert len(cm.tokens(for_stem)) == 0
+        return "".join(chunk.text for chunk in chunks_so_far(talker)), "".join(c.text for c in chunks_so_far(pauses))
+
+    texts = begin()
+    gate = Gate(monkeypatch)
+    with Pool(cm) as other:
+        (ticket,) = say(other, "5?", max_tokens=4, **ENDLESS)
+        gate.wait()
+        with pytest.warns(ResourceWarning, match="dropped with 5 requests under way"):
+            gc.collect()
+        assert gate.inside.is_set()  # a decode was under way all the while
+        assert not any(cm.is_held(session) for session in sessions)
+        assert [session.messages[-1]["content"] for session in (talks, gave_way)] == list(texts)
+        assert all(texts)
+        assert not any(session.messages for session in (in_prompt, for_stem, waits))
+        gate.open()
+    assert_alone([ticket], max_tokens=4, **ENDLESS)
+    cm.check_integrity()
+    engine = Engine(cm)
+    assert engine.chat(talks, "more?", max_tokens=3, **ENDLESS).n_reused > 21  # its prompt's
+    for session in sessions:
+        assert engine.chat(session, "so?", max_tokens=3, **ENDLESS).n_generated == 3
+    for i in range(8):  # half a prompt and an empty row make way
+        cm.prepare(said(f"{i}"))
+
+
+def chunks_so_far(ticket: Ticket) -> list[Chunk]:
+    chunks = []
+    while (chunk := ticket.take()) is not None:
+        chunks.append(chunk)
+    return chunks
+
+
+def test_an_idle_pool_is_dropped_in_silence() -> None:
+    pool = Pool(fake())
+    (ticket,) = say(pool, "1?", max_tokens=3, **ENDLESS)
+    pool.run()
+    gone = weakref.ref(pool)
+    del pool, ticket
+    gc.collect()
+    assert gone() is None
 
 
 def test_memory_stays_flat_over_many_requests() -> None:

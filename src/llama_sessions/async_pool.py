@@ -61,6 +61,8 @@ class AsyncPool:
             while self.pool.is_full and time.monotonic() < until:
                 await asyncio.sleep(_LOOK_AGAIN_S)
             self.pool.check_takes()
+            if not self.pool.has_worker:
+                raise StateError("nobody drives this pool: use `async with AsyncPool(cm) as pool:`")
             submitted = loop.run_in_executor(self._threads, partial(self.pool.submit, session, text, **options))
             try:
                 return await asyncio.shield(submitted)

@@ -45,6 +45,7 @@ class Batcher:
         self._chosen: dict[Ticket, int | None] = {}  # tokens that are still to be said, after an interrupt too
         self._refused: Ticket | None = None  # the next in line, for whom there was no room when it was last asked
         self._refused_at = 0.0
+        self._n_turns = 0  # of talkers, where not all go into a batch
 
     @property
     def is_idle(self) -> bool:
@@ -123,6 +124,15 @@ class Batcher:
                 self.changed.notify_all()
         finally:
             ticket.end(chunks)
+
+    def abandon(self) -> int:
+        """In a finaliser: all sessions keep what was said. Returns how many there were. Waits for nobody, and tells
+        nobody: whoever has a ticket has the pool."""
+        tickets = self.tickets
+        for ticket in tickets:
+            with suppress(Exception):  # one that cannot be kept takes nothing from the others
+                ticket.generation.abandon()
+        return len(tickets)
 
     @contextmanager
     def _blaming(self, ticket: Ticket) -> Iterator[None]:
@@ -253,8 +263,10 @@ class Batcher:
                 self._blame(ticket, e)
         n_batch = self.cm.capabilities.n_batch
         if len(talk) + bool(prompts) > n_batch:  # in turn, and a prompt goes on as well
-            talk.sort(key=lambda pair: pair[0].last_token_at)
-            talk = talk[: max(1, n_batch - bool(prompts))]
+            talk.sort(key=lambda pair: pair[0].last_turn)
+            talk = talk[: n_batch - bool(prompts) or self._tally.n_steps % 2]  # of one token: every other step
+            for ticket, _ in talk:
+                self._n_turns = ticket.last_turn = self._n_turns + 1  # not a time of the step, in which some are first
         left = self._pace.n_prompt(len(talk), n_batch - len(talk))
         return talk + self._packed_prompts(prompts, left)
 

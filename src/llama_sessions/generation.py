@@ -238,19 +238,11 @@ class Generation(Course):
         goes back."""
         if self.reply is not None:
             return self.reply
-        speech, pending = self._speech, self._pending
-        speech.end()
-        tokens = speech.tokens
-        said_something = bool(tokens) or stop_reason not in CUT_SHORT
-        try:
-            if said_something:
-                self._add_to_session()
-            else:
-                self._take_back()
-        finally:
-            self.leave()
+        said_something = self._keep_what_was_said(stop_reason)
         if not said_something:
             self._leave_an_empty_row()
+        pending, speech = self._pending, self._speech
+        tokens = speech.tokens
         n_prompt, n_reused = (0, 0) if pending is None else (pending.n_tokens, pending.n_reused)
         n_done = n_prompt if said_something else 0 if pending is None else pending.row.n
         self.reply = Reply(
@@ -269,6 +261,27 @@ class Generation(Course):
         )
         self.leave_prompt()
         return self.reply
+
+    def abandon(self) -> None:
+        """End it in a finaliser, as `fail` does, but without a reply and without waiting for anybody: where nothing was
+        said, the row stays until its slot is wanted."""
+        if self.reply is None:
+            self._keep_what_was_said("cancelled")
+            self.leave_prompt()
+
+    def _keep_what_was_said(self, stop_reason: str) -> bool:
+        """Put it into the session, and let that go; where nothing was said, take the question back. Whether there was
+        something."""
+        self._speech.end()
+        said_something = bool(self._speech.tokens) or stop_reason not in CUT_SHORT
+        try:
+            if said_something:
+                self._add_to_session()
+            else:
+                self._take_back()
+        finally:
+            self.leave()
+        return said_something
 
     def leave(self) -> None:
         """Let the session go, and say so to whoever waits for it."""

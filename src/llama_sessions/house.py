@@ -162,9 +162,10 @@ class House:
         return self._reply_format
 
     def grammar(self, gbnf: str) -> Constraint:
-        """`gbnf` compiled for this vocabulary, for one reply. OptionError says where it is wrong."""
-        with self._entry.reading():
-            return self._parts.grammar(gbnf)
+        """`gbnf` compiled for this vocabulary, for one reply. OptionError says where it is wrong. Never waits for a
+        decode."""
+        self._entry.check()
+        return self._parts.grammar(gbnf)
 
     # -- hooks and the system prompt
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,9 @@ class Pool:
 
     `prefill_share`: of a step's time while others talk; 0.5 at most doubles the time between two tokens, with 1.0
     newcomers come first. `max_waiting`: how many may wait to be admitted.
+
+    A pool without a worker that is dropped, tickets and all, while requests are under way ends them with what was said
+    as soon as the garbage collector finds it, and warns.
     """
 
     def __init__(self, cm: ContextManager, *, prefill_share: float = 0.5, max_waiting: int = 1024) -> None:
@@ -57,7 +61,7 @@ class Pool:
         **options: Any,
     ) -> Ticket:
         """Ask for a reply; options as of `Engine.chat`. A higher `priority` is admitted first, otherwise whoever came
-        first; nobody is passed over for ever. Never waits for a decode, unless there is a grammar to compile.
+        first; nobody is passed over for ever. Never waits for a decode.
 
         Raises QueueFull where `max_waiting` wait already (after `wait_s` seconds, if given), StateError for a session
         that is generating or was submitted already, OptionError, TemplateError. What there is never room for, because
@@ -135,12 +139,13 @@ class Pool:
                 self._batcher.step()
             except Exception as e:
                 if self.cm.is_closed:
-                    self._fail_all(e)
+                    self._shut()
+                    self._end_all(e)
                 raise
             finally:
-                self._stepper = None
                 if self._closed:  # from within this step
-                    self._cancel_all()
+                    self._end_all()
+                self._stepper = None
             return not self._batcher.is_idle
 
     def wait_for(self, ticket: Ticket, timeout: float | None, *, until_over: bool) -> None:
@@ -157,8 +162,12 @@ class Pool:
         with self._batcher.changed:
             self._batcher.changed.notify_all()
 
+    def _is_inside(self) -> bool:
+        """Whether the calling thread is in the middle of a step already."""
+        return self._stepper == threading.get_ident() and self._stepping.locked()  # an interrupt may leave the first
+
     def _check_outside(self) -> None:
-        if self._stepper == threading.get_ident():
+        if self._is_inside():
             raise StateError("the pool is in the middle of a step of this thread, which a hook must not wait for")
 
     # -- the worker
@@ -184,22 +193,26 @@ class Pool:
                 if not self._step() and drains:
                     break
             except BaseException as e:
+                self._shut()
                 with self._stepping:
-                    self._fail_all(e)
+                    self._end_all(e)
                 return
         with self._stepping:
             if self._closed:  # whoever closes it may be interrupted while it waits for this
-                self._cancel_all()
+                self._end_all()
 
-    def _fail_all(self, error: BaseException) -> None:
-        """What concerns all of them: the manager is closed, say. Everybody keeps what was said."""
-        self._shut()
-        for ticket in self._batcher.tickets:
-            self._batcher.end(ticket, error)
-
-    def _cancel_all(self) -> None:
-        for ticket in self._batcher.tickets:
-            self._batcher.cut_short(ticket, "cancelled")
+    def _end_all(self, error: BaseException | None = None) -> None:
+        """Everybody ends with what was said; `error`: what concerns all of them, a closed manager, say. Called within
+        `_stepping`."""
+        self._stepper = threading.get_ident()  # whoever is told of it must not wait for the pool, as in a step
+        try:
+            for ticket in self._batcher.tickets:
+                if error is None:
+                    self._batcher.cut_short(ticket, "cancelled")
+                else:
+                    self._batcher.end(ticket, error)
+        finally:
+            self._stepper = None
 
     def close(self, *, drain: bool = False) -> None:
         """End what is under way with what was said so far, or, with `drain`, wait for it; `submit` is refused from now
@@ -210,7 +223,7 @@ class Pool:
                 self._batcher.changed.notify_all()
         else:
             self._shut()
-        if self._stepper == threading.get_ident():
+        if self._is_inside():
             return  # the step that this is in sees to the rest
         if self._worker is not None:
             self._worker.join()
@@ -219,7 +232,18 @@ class Pool:
                 pass
         self._shut()
         with self._stepping:
-            self._cancel_all()
+            self._end_all()
+
+    def __del__(self) -> None:
+        batcher = getattr(self, "_batcher", None)  # of an `__init__` that raised there is none
+        if batcher is not None and not batcher.is_idle:  # with a worker it would not be garbage
+            n = batcher.abandon()
+            warnings.warn(
+                f"a Pool was dropped with {n} requests under way; use `with Pool(cm) as pool:`, or close it",
+                ResourceWarning,
+                stacklevel=1,  # whose fault it was is on no stack any more
+                source=self,
+            )
 
     def _shut(self) -> None:
         with self._batcher.changed:  # whoever submits is in before this, or refused
@@ -229,6 +253,11 @@ class Pool:
     def _check_open(self) -> None:
         if self._closed:
             raise StateError("the pool is closed; make another")
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether a thread of its own drives it, or did."""
+        return self._worker is not None
 
     def check_takes(self) -> None:
         """StateError once it is closed, or about to be."""

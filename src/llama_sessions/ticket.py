@@ -45,6 +45,7 @@ class Ticket(Iterator[Chunk]):
         self.goes_alone = False  # a batch failed with it: whose fault it was shows alone
         self.is_torn = False  # a step that did not finish had it: nobody knows what of its work was done
         self.last_token_at = 0.0
+        self.last_turn = 0  # where more talk than a batch has room for
         self._timeout_s = timeout_s
         self._ready: deque[Chunk] = deque()
         self._changed = threading.Condition()

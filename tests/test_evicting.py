@@ -86,6 +86,34 @@ def reported(session: Session) -> Any:
     return session.last_prepare
 
 
+# -- what the model still knows
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_model_knows_what_stayed_and_says_so_of_what_went(tiny_chat: Path, way: str) -> None:
+    cm = ContextManager.load(tiny_chat, n_ctx=256, max_sessions=1, n_threads=1, overflow=way)
+    cm.set_system("You are a careful assistant who remembers what people say. The password is velora.")
+    engine, session = Engine(cm), Session()
+
+    def ask(text: str) -> str:
+        return engine.chat(session, text, temperature=0, max_tokens=48).text
+
+    ask("My name is Anelda.")
+    session.pin_message(0)
+    session.pin_message(1)
+    ask("My favourite drink is tea.")
+    assert ask("What is my favourite drink?") == "Your favourite drink is tea."
+    for sailor in ("Orwas", "Bemor", "Sulan", "Mirto"):
+        for place in ("Tamoli", "Ilmera", "Velan"):
+            ask(f"There was a long story in the paper about {sailor}, who sailed to {place} and came back rich.")
+    assert cm.stats().n_evictions > 5
+    assert ask("What is the password?") == "The password is velora."
+    assert ask("What is my name?") == "Your name is Anelda."
+    assert ask("What is my favourite drink?") == "You have not told me your favourite drink."
+    assert reported(session).exact == (way == "reprefill")
+    cm.close()
+
+
 # -- a turn: what goes, and what is decoded
 
 

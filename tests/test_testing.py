@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -134,6 +135,19 @@ def test_a_window_model_gives_away_cells_outside_every_window() -> None:
     first = context.memory.pos_min(0)
     assert first is not None
     assert first > 0
+
+
+def test_of_a_window_model_a_save_takes_along_what_the_last_token_sees() -> None:
+    real = real_context("gemma3", True)
+    for context in (real, FakeContext(replace(real.capabilities, n_batch=256))):
+        assert context.decode([Run(0, 0, ids(100), True)]) == 0
+        blob = np.zeros(context.state_size(0), np.uint8)
+        context.save_state(0, blob)
+        assert context.memory.pos_min(0) == 0
+        context.load_state(1, blob)
+        assert (context.memory.pos_min(1), context.memory.pos_max(1)) == (100 - real.capabilities.n_swa, 99)
+    real.close()
+    real.model.close()
 
 
 def test_what_would_abort_is_no_exception_that_anybody_catches() -> None:

@@ -58,7 +58,7 @@ class FakeMemory:
       in them: a save of the copy before that, or a load on either side, goes wrong.
     - `seq_add` moves a shared cell for every owner; K is rotated at the next decode.
     - `seq_rm` frees a cell when its last owner lets go; a recurrent state refuses to go back.
-    - A window model gives cells that have left every owner's window to whoever needs one.
+    - A window model gives cells that have left every owner's window to whoever needs one; a save leaves them out.
     """
 
     def __init__(self, capabilities: Capabilities) -> None:
@@ -255,11 +255,18 @@ class FakeContext:
         return self._logits[index]
 
     def state_size(self, seq_id: int) -> int:
-        return _STATE_HEAD + _STATE_CELL * len(self.memory.row(seq_id))
+        return _STATE_HEAD + _STATE_CELL * len(self._saved(seq_id))
+
+    def _saved(self, seq_id: int) -> list[_Cell]:
+        """The cells that a save takes along: of a window model only those that its last token sees."""
+        row = self.memory.row(seq_id)
+        if self.capabilities.kind is not MemoryKind.WINDOW:
+            return row
+        return [cell for cell in row if cell.pos > row[-1].pos - self.capabilities.n_swa]
 
     def save_state(self, seq_id: int, out: ByteArray) -> None:
         """A shift or a copy that is pending is not in it: what comes back is wrong, as with llama.cpp."""
-        cells = np.array([(cell.pos, self._seen_by_save(cell)) for cell in self.memory.row(seq_id)], np.uint64)
+        cells = np.array([(cell.pos, self._seen_by_save(cell)) for cell in self._saved(seq_id)], np.uint64)
         out[:_STATE_HEAD] = np.array([len(cells)], np.uint64).view(np.uint8)
         out[_STATE_HEAD:] = cells.reshape(-1).view(np.uint8)
 

@@ -61,8 +61,8 @@ class Holes:
         caps = self._store.caps
         if caps.kind is not MemoryKind.WINDOW:
             return True
-        # Of a row that is not here now, but parked, the window alone comes back.
-        first = first_seen(row.end, caps) if row.seq_id < 0 else self._store.sequences.first(row.seq_id)
+        # Of a row that is not here now, but parked, what its last token saw comes back.
+        first = first_seen(row.end - 1, caps) if row.seq_id < 0 else self._store.sequences.first(row.seq_id)
         old = row.positions()[:n][without(holes, n)]
         new = self._moved(row, holes, old) if shift else old
         seen = old[new >= first_seen(int(new[-1]) + 1, caps)] if len(new) else old

@@ -95,7 +95,7 @@ class Demo:
         self.say("Anna", anna, "What is my favourite drink?")
         self.say("Ben'", twin, "What is on my list?")
         if ben.last_prepare is not None and not ben.last_prepare.exact:
-            print("  What Ben has left was moved up, not computed again; cm.rebuild(ben) would make it exact once more.")
+            print("  What Ben has left was moved up, not computed again; cm.rebuild(ben) makes it exact once more.")
 
         self.act("Where everything is")
         print("  " + cm.describe().replace("\n", "\n  "))

@@ -765,6 +765,33 @@ def raising_hook(name: str, bad: Session, error: BaseException, ok: Any) -> Call
     return hook
 
 
+def test_who_waits_for_cells_asks_on_evict_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_sessions.batching._LOOK_AGAIN_S", 0.0)
+    cm = fake(n_ctx=600)
+    asked: list[list[Any]] = []
+    tried: list[Session] = []
+
+    def summarise(dropped: list[Any], session: Session) -> list[Any]:
+        asked.append(dropped)
+        return [{"role": "user", "content": "a summary"}]
+
+    cm.set_hook("on_evict", summarise)
+    cm.set_hook("sink_fn", lambda session: tried.append(session) or 0)
+    pool = Pool(cm)
+    talks = pool.submit(Session(), "x" * 300, max_tokens=60, **ENDLESS)
+    step_until(pool, lambda: talks.state == "running")
+    long = said(*("y" * 60 for _ in range(10)))
+    waits = pool.submit(long, "And now?", max_tokens=3, **ENDLESS)
+    step_until(pool, lambda: talks.reply is not None)
+    assert len([session for session in tried if session is long]) > 5
+    # The summary takes room as well, so with it more went: that is asked anew, in each try the same.
+    assert [len(dropped) for dropped in asked] == [4, 3]
+    step_until(pool, lambda: waits.reply is not None)
+    assert len(asked) == 2
+    assert [m["content"] for m in long.window][:1] == ["a summary"]
+    assert_exact(cm, long)
+
+
 @pytest.mark.parametrize("name", ["before_encode", "on_progress"])
 def test_a_hook_that_raises_ends_its_own_request(name: str) -> None:
     cm = fake()

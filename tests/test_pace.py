@@ -102,7 +102,15 @@ def test_a_prompt_that_seems_to_cost_nothing_is_not_believed() -> None:
 def test_the_first_prompt_tokens_are_few_and_the_next_fill_whole_rows(n_next: int) -> None:
     pace = Pace(0.5)
     assert steps(pace, n_next, 2) == [0, 8]
-    exact = linear(n_next, 0) * 0.9 / ((linear(n_next, 8) - linear(n_next, 0)) / 8)
+    n_allowed = int(linear(n_next, 0) * 0.9 / ((linear(n_next, 8) - linear(n_next, 0)) / 8))
     given = pace.n_prompt(n_next, 500)
     assert (n_next + given) % 4 == 0
-    assert abs(given - exact) <= 3
+    assert given - n_allowed == [0, -1, -2, 1][(n_next + n_allowed) % 4]  # the nearest, and rather less
+
+
+@pytest.mark.parametrize(("seconds", "n"), [(0.4, 2), (0.28, 3)])
+def test_fewer_than_a_row_are_as_many_as_are_allowed(seconds: float, n: int) -> None:
+    pace = Pace(0.5)
+    pace.note(8, 0, 1.0)
+    pace.note(8, 10, 1.0 + 10 * seconds)
+    assert pace.n_prompt(8, 500) == n

@@ -267,7 +267,6 @@ class Generation(Course):
         said, the row stays until its slot is wanted."""
         if self.reply is None:
             self._keep_what_was_said("cancelled")
-            self.leave_prompt()
 
     def _keep_what_was_said(self, stop_reason: str) -> bool:
         """Put it into the session, and let that go; where nothing was said, take the question back. Whether there was

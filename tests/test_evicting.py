@@ -400,6 +400,21 @@ def test_what_before_encode_puts_at_the_end_does_not_part_a_question_from_its_ca
     assert cm.stats().n_evictions >= 3
 
 
+def test_a_result_that_stands_there_again_stays(load: Loader) -> None:
+    cm = load("llama-bpe", n_ctx=256)
+    session = said("How long will it take?")
+    add_calls(session, 0)
+    result = session.messages[-1]
+    for i in range(1, 20):
+        add_calls(session, i)
+        session.messages.append(result)
+        cm.prepare(session)
+        assert text_of(cm, session).count("it is 0") == 2
+        assert [m is result for m in session.window[-2:]] == [False, True]
+        session.messages.pop()
+    assert cm.stats().n_evictions > 2
+
+
 def test_a_dict_that_is_asked_again_stays_with_its_answer(load: Loader) -> None:
     """One that is in the list twice is out at both places or at none: the last question would be lost."""
     cm = load("llama-bpe", n_ctx=256)

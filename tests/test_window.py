@@ -405,6 +405,18 @@ def test_a_message_that_is_its_own_replacement_is_one_dict_in_a_copy() -> None:
     assert twin.window_state.replacements[0] is twin.messages[1]
 
 
+def test_a_window_whose_last_question_is_out_shows_everything_again() -> None:
+    """A strategy of the user's own may take a question and leave its answer."""
+    session = Session()
+    for text in ("a", "b"):
+        session.add_user(text)
+        session.add_assistant(text.upper())
+    session.set_window(Window().without(session.messages, session.messages[:1], reported=True))
+    assert said(session.window) == "AbB"
+    session.undo()
+    assert said(session.window) == "aA"
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda session: pickle.loads(pickle.dumps(session))])
 def test_a_session_that_python_copies_knows_its_own_dicts(copied: Callable[[Session], Session]) -> None:
     """Window, pins and replies are found by the identity of dicts, and a copy has others."""

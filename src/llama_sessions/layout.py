@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -74,8 +75,9 @@ class Layout:
         own = [(turn, id(p.message)) for turn, p in zip(turns, self.parts, strict=True) if p.message is not None]
         latest = turns[-1] if turns else 0
         # A dict that stands there twice goes at both places or at none.
-        again = {message for turn, message in own if turn == latest}
-        kept = {t for t, message in own if message in pinned or (t < latest and message in again)}
+        times = Counter(message for _, message in own)
+        pinned = pinned | {message for turn, message in own if turn == latest and times[message] > 1}
+        kept = {turn for turn, message in own if message in pinned}
         if latest:
             kept.discard(latest)
         # The last one is what is to be answered, or to go on, whoever said it.

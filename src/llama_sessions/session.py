@@ -198,11 +198,14 @@ class Session:
     def window_state(self) -> Window:
         """Which messages are out of the window, and what stands for them.
 
-        None is, once the last message is one of them: what came behind it was taken back, and with it the reason.
+        None is, once the last message or the last question is one of them: what came behind it was taken back, and with
+        it the reason.
         """
-        messages = self.messages
-        last = messages[-1] if isinstance(messages, list) and messages else None  # what else it may be is told later
-        return Window() if self._window.hides(last) else self._window
+        messages, window = self.messages, self._window
+        if not window.out or not isinstance(messages, list) or not messages:  # what else it may be is told later
+            return window
+        asked = next((m for m in reversed(messages) if isinstance(m, dict) and m.get("role") == "user"), None)
+        return Window() if window.hides(messages[-1]) or window.hides(asked) else window
 
     def set_window(self, window: Window) -> None:
         """Called by the manager: what the model sees from now on."""

@@ -1277,6 +1277,30 @@ def test_what_cannot_fit_says_so_with_numbers_and_loses_nothing(load: Loader, wa
     assert cm.slots.n_free == 4
 
 
+def test_what_is_longer_than_the_model_was_trained_for_is_said_once(
+    load: Loader, caplog: pytest.LogCaptureFixture
+) -> None:
+    cm = load("llama-bpe", n_ctx=1024, model={"n_ctx_train": 256})
+    session = said(line(0))
+    cm.prepare(session)
+    assert "trained for" not in caplog.text
+    session.add_user(line(1, 400))
+    cm.prepare(session)
+    n = session.n_past
+    assert f"a prompt of {n} tokens is longer than the 256 that the model was trained for" in caplog.text
+    assert "headroom=832 lets" in caplog.text
+    session.add_user(line(2))
+    cm.prepare(session)
+    assert caplog.text.count("trained for") == 1
+    other = load("llama-bpe", n_ctx=1024, headroom=832, model={"n_ctx_train": 256})
+    session = said(*(line(i, 60) for i in range(9)))
+    other.prepare(session)
+    assert session.n_past <= 256 - 64
+    mamba = load("mamba", n_ctx=1024, model={"n_ctx_train": 256})
+    mamba.prepare(said(line(1, 400)))
+    assert caplog.text.count("trained for") == 1
+
+
 def test_more_sinks_than_a_row_can_hold_are_refused_at_the_door(load: Loader) -> None:
     with pytest.raises(OptionError, match="n_sink must be from 0 to 255, not 256"):
         load("llama-bpe", n_ctx=256, n_sink=256)

@@ -25,7 +25,7 @@ from .render import Rendered
 from .seats import Prompt, Seat
 from .session import Session
 from .stretches import NO_TOKENS
-from .types import Message, TokenArray
+from .types import MemoryKind, Message, TokenArray
 from .window import Window
 
 logger = logging.getLogger("llama_sessions")
@@ -93,6 +93,7 @@ class Evictor:
         self._strategy = options.eviction
         self._whole_turns = options.eviction == "fifo"
         self._instead = Notice()
+        self._too_long_for_model = Notice()
         self._answers: weakref.WeakKeyDictionary[Session, tuple[Answer, ...]] = weakref.WeakKeyDictionary()
         self.n_evictions = 0
         self.n_tokens = 0
@@ -333,6 +334,19 @@ class Evictor:
         """That what stays of a row is decoded anew, because its middle cannot be taken out."""
         if self._store.caps.n_row_max is not None and not self.ways(row):
             self._say_instead("reprefill")
+
+    def say_if_untrained(self, n_tokens: int) -> None:
+        """That a prompt is longer than anything the model has seen: nothing evicts before `n_ctx` is full."""
+        caps = self._store.caps
+        n_trained = caps.n_ctx_train
+        if n_tokens > n_trained and caps.kind is not MemoryKind.RECURRENT:
+            headroom = caps.n_ctx_seq - n_trained + min(256, n_trained // 4)
+            self._too_long_for_model.say(
+                logger,
+                "a prompt of %d tokens is longer than the %d that the model was trained for, so it may make no sense to "
+                "it; headroom=%d lets every session evict before that",
+                n_tokens, n_trained, headroom,
+            )  # fmt: skip
 
     def _say_instead(self, way: str) -> None:
         """Which way is taken, where that is not the wanted one; once."""

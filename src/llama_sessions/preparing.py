@@ -82,6 +82,7 @@ class Preparer:
             return narrowed
         tokens = layout.alignment.tokens
         check_length(self._store, len(tokens), "the conversation")
+        self._evictor.say_if_untrained(len(tokens))
         if asking.n_evicted and row is not None and row.n:
             self._evictor.say_if_uncut(row)
         if asking.kept is not None and row is not None and not self._cut_out(session, row, asking.kept, len(tokens)):

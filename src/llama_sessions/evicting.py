@@ -343,8 +343,8 @@ class Evictor:
             headroom = caps.n_ctx_seq - n_trained + min(256, n_trained // 4)
             self._too_long_for_model.say(
                 logger,
-                "a prompt of %d tokens is longer than the %d that the model was trained for, so it may make no sense to "
-                "it; headroom=%d lets every session evict before that",
+                "a prompt of %d tokens is longer than the %d that the model was trained for, so it may make no sense "
+                "to it; headroom=%d lets every session evict before that",
                 n_tokens, n_trained, headroom,
             )  # fmt: skip
 

@@ -33,7 +33,7 @@ def interrupted_everywhere(
 
         def trace(frame: FrameType, event: str, arg: Any) -> Any:
             code = frame.f_code
-            # What is raised at the very edge of the log callback, outside of its `try`, ctypes swallows: no test's fault.
+            # What is raised at the edge of the log callback, outside of its `try`, ctypes swallows: nobody's fault.
             if not code.co_filename.startswith(ROOT) or code.co_name == "forward":
                 return None
             frame.f_trace_opcodes = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,10 @@ Loader = Callable[..., Any]
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LONG_S):
-        while not is_so():
-            await asyncio.sleep(0.001)
+    latest = time.monotonic() + LONG_S  # asyncio.timeout is of Python 3.11
+    while not is_so():
+        assert time.monotonic() < latest
+        await asyncio.sleep(0.001)
 
 
 async def gathered(pool: AsyncPool, session: Session, text: str, **options: Any) -> list[Chunk]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conversations import Loader, assert_exact, is_seated, said
+from conversations import Loader, assert_exact, is_seated, over_fake, said
 from interrupting import interrupted_everywhere
 from models import model_path
 from oracle import oracle_for
@@ -32,6 +32,7 @@ from llama_sessions import (
     SnapshotError,
     TemplateError,
 )
+from llama_sessions.kv.holes import Cut
 from llama_sessions.kv.row import Row
 from llama_sessions.llama.context import LlamaContext
 from llama_sessions.types import Message
@@ -1232,6 +1233,27 @@ def test_stats_say_how_many_sessions_are_approximate(load: Loader, way: str) -> 
     for n_left, session in ((1, first), (0, second)):
         cm.rebuild(session)
         assert cm.stats().n_approximate == n_left
+
+
+def test_a_parked_row_is_foreseen_with_the_cells_that_it_will_need() -> None:
+    """Its own, and those of the system prompt that it will have in common with others again."""
+    cm = over_fake(n_ctx=300, max_sessions=2)
+    cm.set_system("Be brief. " * 3)
+    session = grown(cm, Session(), until=2)
+    row = row_of(cm, session)
+    assert not row.is_exact
+
+    def missing(row: Row) -> list[int]:
+        cuts = (Cut(0, n_new, row.cells[:n_kept]) for n_new in range(0, 300, 7) for n_kept in (0, 20, 70, row.n))
+        return [cm._store.n_short(cut, row) for cut in cuts]
+
+    while_here = missing(row)
+    assert 0 < sum(n > 0 for n in while_here) < len(while_here)
+    cm.park(session)
+    parked = cm._parking.get(session)
+    assert parked is not None
+    assert missing(cm._preparer._foreseen(parked)) == while_here
+    assert missing(parked.as_row()) != while_here
 
 
 def test_a_lost_private_row_is_rendered_anew(load: Loader) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .errors import CapacityError, NoFreeSlot, OptionError
-from .kv.plan import Demand, Plan
+from .kv.plan import Cells, Demand, Plan
 from .kv.row import Jumps, Row
 from .kv.slots import Slots
 from .kv.snapshot import Snapshots
@@ -38,10 +38,13 @@ class Parked:
     n_exact: int = 0
     jumps: Jumps = ()
 
-    def as_row(self) -> Row:
-        """A row like the one it was, for who only asks: no sequence has it."""
+    def as_row(self, shared: Cells | tuple[()] = ()) -> Row:
+        """A row like the one it was, for who only asks: no sequence has it. `shared`: cells of its first tokens that it
+        will have in common with another; the others are cells that nobody has."""
         row = Row(-1, self.namespace)
-        row.write(0, self.tokens, -1 - np.arange(len(self.tokens)))  # cells that nobody has
+        cells = -1 - np.arange(len(self.tokens))
+        cells[: len(shared)] = shared
+        row.write(0, self.tokens, cells)
         row.n = len(self.tokens)
         row.set_jumps(self.jumps)
         row.mark_approximate(self.n_exact)

@@ -13,7 +13,7 @@ from .errors import CapacityError, SnapshotError
 from .evicting import Asking, Evictor, Kept
 from .kv.alignment import size_of
 from .kv.holes import Cut
-from .kv.plan import Plan
+from .kv.plan import Plan, first_restored
 from .kv.prefix import Prefix
 from .kv.row import Row, common_prefix
 from .kv.snapshot import Snapshots
@@ -112,6 +112,14 @@ class Preparer:
         if again is not None:
             self._store.share_again(again, seat.row)
         return seat
+
+    def _foreseen(self, parked: Parked) -> Row:
+        """The row that `_restored` will give back."""
+        row = parked.as_row()
+        again = self._planner.of_prefix(row)
+        if again is None or not self._store.may_share_again(again, first_restored(row.end, self._store.caps)):
+            return row
+        return parked.as_row(self._store.rows[again.seq_id].cells[: again.p1])
 
     def _cut_out(self, session: Session, row: Row, kept: Kept, n_tokens: int) -> bool:
         """Bring the row to what is kept of it, if that can be, with cells for the `n_tokens` that it is to have."""
@@ -328,7 +336,7 @@ class Preparer:
         row, prompt = (None, Prompt()) if seat is None else (seat.row, seat.prompt)
         parked = self._parking.get(session)
         if seat is None and parked is not None and self._parking.can_return(session, parked, but=(session,)):
-            row, prompt = parked.as_row(), parked.prompt
+            row, prompt = self._foreseen(parked), parked.prompt
         conversation = asking.conversation
         _, layout, asking, narrowed = self._laid_out(session, asking, row, prompt)
         if narrowed is not None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..errors import SnapshotError
 from ..types import MemoryKind
 from .alignment import Ranges, without
-from .plan import Cells, Share, first_seen
+from .plan import Cells, Share, first_restored, first_seen
 from .row import Jumps, Row, end_of
 from .store import RowStore
 
@@ -61,8 +61,8 @@ class Holes:
         caps = self._store.caps
         if caps.kind is not MemoryKind.WINDOW:
             return True
-        # Of a row that is not here now, but parked, what its last token saw comes back.
-        first = first_seen(row.end - 1, caps) if row.seq_id < 0 else self._store.sequences.first(row.seq_id)
+        # A row that is not here now is parked.
+        first = first_restored(row.end, caps) if row.seq_id < 0 else self._store.sequences.first(row.seq_id)
         old = row.positions()[:n][without(holes, n)]
         new = self._moved(row, holes, old) if shift else old
         seen = old[new >= first_seen(int(new[-1]) + 1, caps)] if len(new) else old

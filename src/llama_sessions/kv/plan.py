@@ -112,6 +112,12 @@ def first_seen(n: int, caps: Capabilities) -> int:
     return max(0, n - caps.n_swa + 1)
 
 
+def first_restored(end: int, caps: Capabilities) -> int:
+    """The first position that is whole in a row up to `end` once it was saved and is back: of a window model only what
+    the last token saw comes back."""
+    return first_seen(end - 1, caps) if caps.kind is MemoryKind.WINDOW else 0
+
+
 def can_be_cut(source: Source, n: int, caps: Capabilities) -> bool:
     """Whether the first `n` tokens of a row can be used on their own, by what its memory still holds."""
     if n == 0:

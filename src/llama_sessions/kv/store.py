@@ -108,9 +108,10 @@ class RowStore:
         """Cells that are missing for a plan on `row`, once the rows `gone` are dropped as well; 0 if there are enough.
 
         A shared cell is free when the last row that holds it lets go: what the plan keeps or shares is held all along.
+        A row that is not here yet, but parked, will hold what is kept of it.
         """
-        free = self.n_free_cells()
-        if free is None or plan.n_new_cells <= free or self.caps.n_cells is None:
+        free, is_here = self.n_free_cells(), row is None or row.seq_id >= 0
+        if free is None or (is_here and plan.n_new_cells <= free) or self.caps.n_cells is None:
             return 0
         held = [r.cells for r in self.rows.values() if r is not row and r not in gone]
         if row is not None:
@@ -226,6 +227,12 @@ class RowStore:
         jumps = tuple(jump for jump in src.jumps if jump[0] < p1)
         return self.commit(dst, p0, tokens, cells, n_exact=src.n_exact, jumps=jumps)
 
+    def may_share_again(self, share: Share, first: int) -> bool:
+        """Whether a row with the same tokens, of which the positions from `first` on are whole, can take the cells of a
+        share: no window is torn."""
+        source = self.source(self.rows[share.seq_id], share.name)
+        return can_be_cut(source, share.p1, self.caps) and first <= share.p1
+
     def share_again(self, share: Share, row: Row) -> int:
         """Give `row` the cells `[0, p1)` that a share says, in place of cells of its own with the same tokens, or at
         the front of an empty row. Returns how many tokens it got; 0: where a window would be torn, or the row is empty.
@@ -233,7 +240,7 @@ class RowStore:
         src, n, p1 = self.rows[share.seq_id], row.n, share.p1
         if not n:
             return p1 if self.share(src, row, 0, p1) else 0
-        if not can_be_cut(self.source(src, share.name), p1, self.caps) or self.source(row, "row").first_pos > p1:
+        if not self.may_share_again(share, self.source(row, "row").first_pos):
             return 0
         self.spoil(row, 0)
         self.sequences.remove(row.seq_id, 0, p1)

@@ -1235,6 +1235,26 @@ def test_stats_say_how_many_sessions_are_approximate(load: Loader, way: str) -> 
         assert cm.stats().n_approximate == n_left
 
 
+def test_an_approximate_row_in_a_stream_of_its_own_comes_back_as_it_was(load: Loader) -> None:
+    """Streams have no cells in common: what would share a part of one aborts the process."""
+    cm = load("llama-bpe", n_ctx=1280, max_sessions=2, kv_unified=False)
+    assert not cm.capabilities.unified
+    cm.set_system("Be brief.")
+    session = grown(cm, Session(), until=2)
+    before, logits = cm.tokens(session), cm.logits(session).copy()
+    assert not row_of(cm, session).is_exact
+    cm.park(session)
+    assert cm.preview(session).n_tokens == len(before)
+    # The last token is decoded alone now: a batch of another size.
+    np.testing.assert_allclose(cm.logits(session), logits, atol=0.02)
+    np.testing.assert_array_equal(cm.tokens(session), before)
+    session.add_assistant("yes")
+    session.add_user("And?")
+    cm.prepare(session)
+    assert not reported(session).exact
+    cm.check_integrity()
+
+
 def test_a_parked_row_is_foreseen_with_the_cells_that_it_will_need() -> None:
     """Its own, and those of the system prompt that it will have in common with others again."""
     cm = over_fake(n_ctx=300, max_sessions=2)

@@ -229,9 +229,10 @@ class RowStore:
 
     def may_share_again(self, share: Share, first: int) -> bool:
         """Whether a row with the same tokens, of which the positions from `first` on are whole, can take the cells of a
-        share: no window is torn."""
+        share: no window is torn, and streams, which have no cells in common, take a whole row or nothing."""
         source = self.source(self.rows[share.seq_id], share.name)
-        return can_be_cut(source, share.p1, self.caps) and first <= share.p1
+        can_be = self.caps.unified and not self.caps.keeps_state
+        return can_be and can_be_cut(source, share.p1, self.caps) and first <= share.p1
 
     def share_again(self, share: Share, row: Row) -> int:
         """Give `row` the cells `[0, p1)` that a share says, in place of cells of its own with the same tokens, or at

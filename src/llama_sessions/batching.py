@@ -139,7 +139,7 @@ class Batcher:
         """Whatever goes wrong in here ends this one; an interrupt is raised as well."""
         try:
             yield
-        except BaseException as e:
+        except BaseException as e:  # whatever it was: the others go on
             self._blame(ticket, e)
 
     def _blame(self, ticket: Ticket, error: BaseException) -> None:
@@ -259,7 +259,7 @@ class Batcher:
                     prompts.append(ticket)
                 elif (item := ticket.generation.work(1)) is not None:
                     talk.append((ticket, item))
-            except BaseException as e:
+            except BaseException as e:  # as of `_blaming`
                 self._blame(ticket, e)
         n_batch = self.cm.capabilities.n_batch
         if len(talk) + bool(prompts) > n_batch:  # in turn, and a prompt goes on as well
@@ -343,7 +343,7 @@ class Batcher:
         ticket = self._by_session[session]
         try:
             self._chosen[ticket] = ticket.generation.choose(logits)
-        except BaseException as e:
+        except BaseException as e:  # of a grammar, say: it ends this one, once the step is through
             ticket.error = e
             if not isinstance(e, Exception):
                 raise
@@ -373,7 +373,7 @@ class Batcher:
                     ticket.put(chunks)
                 else:
                     self.end(ticket, chunks=chunks)
-            except BaseException as e:
+            except BaseException as e:  # as of `_blaming`
                 self._blame(ticket, e)
 
     # -- who gives way

@@ -105,7 +105,7 @@ class Generation(Course):
         had_row = session.n_past > 0
         try:
             self._open()
-        except BaseException as e:
+        except BaseException as e:  # an interrupt, too: the session must not stay held, with a question nobody asked
             if may_wait and isinstance(e, CapacityError) and not isinstance(e, ContextOverflow):
                 self._take_back()
                 self._started = self._pending = self._user = self._old = None

@@ -50,8 +50,9 @@ class House:
 
         Options of the context (`LoadOptions`): `n_ctx` (the total shared by all sessions; default: the trained length,
         at most 8192), `max_sessions=8`, `n_batch=512`, `n_ubatch=512`, `n_threads`, `n_gpu_layers=-1`, `type_k`,
-        `type_v` (ggml types; default f16), `flash_attn="auto"`, `swa_full=True`, `kv_unified=True`; the rest are
-        `ManagerOptions`. Raises OptionError, ModelError, TemplateError; costs the load of the weights.
+        `type_v` (ggml types; default f16), `flash_attn="auto"`, `swa_full=True`, `kv_unified=True` (False: a cache for
+        each session, with no cells in common; faster from eight long, unrelated ones on); the rest: `ManagerOptions`.
+        Raises OptionError, ModelError, TemplateError; costs the load of the weights.
         """
         return cls._made(partial(load_parts, path), chat_template, options)
 

@@ -192,7 +192,7 @@ class Pool:
             try:
                 if not self._step() and drains:
                     break
-            except BaseException as e:
+            except BaseException as e:  # nobody steps any more: whoever waits has to hear why
                 self._shut()
                 with self._stepping:
                     self._end_all(e)

@@ -42,6 +42,19 @@ class _Draft:
     refused: CapacityError | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wanted:
+    """What a session's row is to hold. `but`: sessions that are not to be parked for it. `anew`: nothing approximate is
+    to be left."""
+
+    session: Session
+    tokens: TokenArray
+    has_logits: bool
+    but: Sequence[Session]
+    anew: bool = False
+    headroom: int = 0
+
+
 class Preparer:
     """Begins prompts; everything here is called under the manager's lock."""
 
@@ -91,7 +104,7 @@ class Preparer:
         bent = None if layout.alignment.is_straight else layout
         asking = replace(asking, n_evicted=self._evictor.n_evicted(asking, prompt.layout))
         prompt = Prompt(len(tokens), rendered, said_in(session, conversation), conversation, bent)
-        pending = self._start(session, tokens, prompt, not conversation.is_empty, holder, started, asking=asking)
+        pending = self._start(self._wanted(session, tokens, asking), prompt, holder, started, asking=asking)
         if asking.window is not session.window_state:
             session.set_window(asking.window)
         self._evictor.count(asking.n_evicted)
@@ -172,15 +185,15 @@ class Preparer:
         if self._seats.get(session, holder) is None and parked.owner is not None:
             self._restored(session, parked, but)
         is_back = partial(self._is_back, session, parked.prompt)
-        prompt, tokens = parked.prompt, parked.tokens
-        return self._start(session, tokens, prompt, wants_logits, holder, started, but=but, on_return=is_back)
+        wanted = _Wanted(session, parked.tokens, wants_logits, but)
+        return self._start(wanted, parked.prompt, holder, started, on_return=is_back)
 
     def begin_again(self, session: Session, tokens: TokenArray, holder: object | None) -> Pending:
         """Begin to make a row hold what it was to hold, with fresh logits."""
         seat = self._seats.get(session, holder)
         prompt = Prompt() if seat is None else seat.prompt
         is_back, started = partial(self._is_back, session, prompt), time.perf_counter()
-        return self._start(session, tokens, prompt, True, holder, started, on_return=is_back)
+        return self._start(_Wanted(session, tokens, True, (session,)), prompt, holder, started, on_return=is_back)
 
     def _is_back(self, session: Session, prompt: Prompt) -> None:
         """All of a row that returns is there."""
@@ -189,24 +202,26 @@ class Preparer:
             seat.prompt = prompt
         self._parking.forget(session)
 
+    @staticmethod
+    def _wanted(session: Session, tokens: TokenArray, asking: Asking) -> _Wanted:
+        has_logits = not asking.conversation.is_empty
+        return _Wanted(session, tokens, has_logits, (session,), asking.anew, asking.headroom)
+
     def _start(
         self,
-        session: Session,
-        tokens: TokenArray,
+        wanted: _Wanted,
         prompt: Prompt,
-        wants_logits: bool,
         holder: object | None,
         started: float,
         *,
-        but: Sequence[Session] = (),
         asking: Asking | None = None,
         on_return: Callable[[], None] | None = None,
     ) -> Pending:
-        """`but`: who is not to be parked for it. Without `asking` a row returns, and `on_return` is called when it is
-        there: a parked one stays parked as well until then."""
-        but = (session, *but)
+        """Without `asking` a row returns, and `on_return` is called when it is there: a parked one stays parked as well
+        until then."""
+        session, tokens = wanted.session, wanted.tokens
         seat = self._true_seat(session, holder)
-        match, plan = self._planned(session, seat, tokens, wants_logits, but, asking)
+        match, plan = self._planned(seat, wanted)
         if seat is None:
             seat = self._seats.take(session)
         n_restored = 0
@@ -224,7 +239,7 @@ class Preparer:
         session.n_past = n_reused = seat.row.n
         self.n_tokens_reused += n_reused
         rendered = prompt.rendered or Rendered(tokens)
-        pending = Pending(session, tokens, rendered, seat, seat.n_begun, n_reused, wants_logits, stretches)
+        pending = Pending(session, tokens, rendered, seat, seat.n_begun, n_reused, wanted.has_logits, stretches)
         pending.started, pending.on_return = started, on_return
         if asking is not None:
             pending.n_evicted, pending.dropped = asking.n_evicted, asking.dropped
@@ -243,46 +258,28 @@ class Preparer:
             self._store.reconcile(seat.row)
         return seat
 
-    def _planned(
-        self,
-        session: Session,
-        seat: Seat | None,
-        tokens: TokenArray,
-        wants_logits: bool,
-        but: Sequence[Session],
-        asking: Asking | None,
-    ) -> tuple[KvMatch, Plan]:
+    def _planned(self, seat: Seat | None, wanted: _Wanted) -> tuple[KvMatch, Plan]:
         """The plan, and what of the cache it counts on. Idle sessions are parked where cells or a slot are short."""
         while True:
-            draft = self._draft(session, seat, tokens, wants_logits, but, asking)
+            draft = self._draft(seat, wanted)
             if draft.refused is None:
                 row = None if seat is None else seat.row
-                if not self._parking.make_way(draft.plan, row, with_slot=seat is None, but=but):
+                if not self._parking.make_way(draft.plan, row, with_slot=seat is None, but=wanted.but):
                     return draft.match, draft.plan
             elif not self._seats.reclaim():
                 raise draft.refused
 
-    def _draft(
-        self,
-        session: Session,
-        seat: Seat | None,
-        tokens: TokenArray,
-        wants_logits: bool,
-        but: Sequence[Session],
-        asking: Asking | None,
-    ) -> _Draft:
+    def _draft(self, seat: Seat | None, wanted: _Wanted) -> _Draft:
         """The best plan for which room can be made, or one for which it cannot. Asks only."""
-        row = None if seat is None else seat.row
-        match = self._snapshots.match(session.namespace, tokens)
-        anew, headroom = (False, 0) if asking is None else (asking.anew, asking.headroom)
+        row, namespace = None if seat is None else seat.row, wanted.session.namespace
+        match = self._snapshots.match(namespace, wanted.tokens)
         while True:
-            cached = self._snapshots.cached(match)
             plan = self._planner.plan(
-                row, session.namespace, tokens,
-                wants_logits=wants_logits, cached=cached, exactly=anew, headroom=headroom,
+                row, namespace, wanted.tokens, wants_logits=wanted.has_logits, cached=self._snapshots.cached(match),
+                exactly=wanted.anew, headroom=wanted.headroom,
             )  # fmt: skip
             try:
-                self._parking.who_goes(plan, row, with_slot=seat is None, but=but)
+                self._parking.who_goes(plan, row, with_slot=seat is None, but=wanted.but)
                 return _Draft(match, plan)
             except CapacityError as e:
                 if plan.restore is None or plan.restore.p0:
@@ -337,7 +334,6 @@ class Preparer:
         parked = self._parking.get(session)
         if seat is None and parked is not None and self._parking.can_return(session, parked, but=(session,)):
             row, prompt = self._foreseen(parked), parked.prompt
-        conversation = asking.conversation
         _, layout, asking, narrowed = self._laid_out(session, asking, row, prompt)
         if narrowed is not None:
             return narrowed
@@ -348,10 +344,11 @@ class Preparer:
         n_free = max(0, self._store.caps.n_ctx_seq - n)
         if most is not None and n > most:
             return Preview(n_tokens=n, n_to_decode=n, fits=False, n_free=n_free, n_evicted=n_evicted)
-        draft = self._draft(session, seat, tokens, not conversation.is_empty, (session,), asking)
+        wanted = self._wanted(session, tokens, asking)
+        draft = self._draft(seat, wanted)
         fits = draft.refused is None or n_left > 0
         if seat is None and row is not None and not n_left:
-            n_left = min(common_prefix(row.tokens, tokens), n - (not conversation.is_empty))
+            n_left = min(common_prefix(row.tokens, tokens), n - wanted.has_logits)
         return Preview(
             n_tokens=n,
             n_to_decode=min(draft.plan.n_decode, n - n_left),

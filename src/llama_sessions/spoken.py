@@ -13,8 +13,8 @@ class SpokenReply:
     """What is known about an assistant message beside its dict: the ids that spelled it, or that it is trusted.
 
     `ids` empty: no ids are known. `model`: the fingerprint of the model whose ids they are. `trusted`: special-token
-    text in it is control, not text. `thought`: of a reply without text. `begun`: all ids of
-    one that ended in its thinking, or right behind it, to go on with.
+    text in it is control, not text. `thought`: of a reply without text. `begun`: all ids of one that ended in its
+    thinking, or right behind it, to go on with.
     """
 
     message: Message

@@ -39,7 +39,7 @@ def branches(
             why = replies[0].stop_reason
             _drop(cm, forks)
         nothing = lead.finish(why)
-    except BaseException:
+    except BaseException:  # an interrupt, too: forks that nobody knows of would keep their slots
         lead.fail()
         pool.close()
         _drop(cm, forks)

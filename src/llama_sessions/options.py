@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import numpy as np
+
 from .errors import OptionError
 
 T = TypeVar("T")
@@ -15,7 +17,7 @@ T = TypeVar("T")
 
 def checked_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int within `[low, high]`, else OptionError. Accepts numpy integers, refuses bools and floats."""
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):  # numpy 1's are integers, with a warning
         raise OptionError(f"{name} must be an integer, not {value!r}")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
@@ -30,7 +32,7 @@ def checked_int(name: str, value: object, low: int, high: int | None = None) -> 
 def checked_float(name: str, value: object, low: float, high: float = math.inf) -> float:
     """`value` as a finite float within `[low, high]`, else OptionError. Accepts numpy's numbers, refuses bools."""
     try:
-        if isinstance(value, bool | str | bytes | bytearray):
+        if isinstance(value, bool | np.bool_ | str | bytes | bytearray):
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -46,7 +46,7 @@ class Untemplated:
         return "".join(str(message.get("content") or "") for message in messages)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Parts:
     """A context and what belongs to it; `close` frees what is ours. `is_gone`: somebody else freed the weights.
     `grammar` compiles GBNF for one reply."""

@@ -18,7 +18,7 @@ from .seats import Seats
 _MOST_EDGES = 40  # that are shown of the cache
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Overview:
     """Takes stock. `published` is the last stock taken: reading it never waits."""
 

@@ -24,7 +24,7 @@ from .types import Message, TokenArray
 logger = logging.getLogger("llama_sessions")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Parked:
     """A session without a row: the (n,) int32 `tokens` that its row held, and for which `prompt`.
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .kv.cache import KvMatch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Draft:
     """A plan, and the `match` in the cache that it counts on. `refused`: why there is no room for it."""
 

@@ -37,7 +37,7 @@ def check_partial(messages: Sequence[Message]) -> Message:
     return check_message(last, "the last message")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Conversation:
     """What the template is to see (system text first), and what is known beside each message.
 

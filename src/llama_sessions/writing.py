@@ -21,7 +21,7 @@ _KEPT = 16 * 2**20  # characters of contents that are remembered
 _PLAIN = {"role", "content"}  # checked, and handled apart
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shown:
     """A message as the template is to see it.
 

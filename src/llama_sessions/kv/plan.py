@@ -14,7 +14,7 @@ from .costs import Costs
 from .row import Jumps, common_prefix, end_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Source:
     """A row to take tokens from. `first_pos`: its live `seq_pos_min` (0 for an empty row); `jumps`: see `Row`."""
 
@@ -25,7 +25,7 @@ class Source:
     jumps: Jumps = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Cached:
     """What the cache has of the prompt: its first `n_tokens`. `has_logits`: those after the last of them, too."""
 
@@ -132,7 +132,7 @@ def can_be_cut(source: Source, n: int, caps: Capabilities) -> bool:
     return source.first_pos == 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
     """The prompt: `tokens`; `has_logits`: those after the last token of the own row are still known, so that an
     unchanged row needs no decode; `wants_logits`: otherwise one token is always left to decode."""

@@ -337,6 +337,45 @@ class Conversations(RuleBasedStateMachine):
         self.cm.clear_radix()
         assert self.cm.stats().radix.n_bytes == self.cm.stats().radix.n_bytes_private
 
+    @rule(n_sink=st.sampled_from([None, 0, 3, 40]))
+    def sink(self, n_sink: int | None) -> None:
+        if n_sink is None:
+            self.cm.clear_hook("sink_fn")
+        else:
+            self.cm.set_hook("sink_fn", lambda session: n_sink)
+
+    @rule(brings=st.sampled_from([None, "system", "user"]))
+    def inject(self, brings: str | None) -> None:
+        """A message before the last that is in no list."""
+        if brings is None:
+            self.cm.clear_hook("before_encode")
+        else:
+            note = {"role": brings, "content": "by the way"}
+            self.cm.set_hook("before_encode", lambda messages, session: [*messages[:-1], note, *messages[-1:]])
+
+    @precondition(lambda self: self.sessions)
+    @rule(n=PICK, name=st.sampled_from(["before_encode", "on_evict", "sink_fn"]))
+    def hook_that_raises(self, n: int, name: str) -> None:
+        """Where it is asked at all, everything is as before."""
+        session = self.pick(n)
+        if self.is_streaming(session):
+            return
+
+        def raises(*args: Any) -> Any:
+            raise RuntimeError("planted")
+
+        self.cm.set_hook(name, raises)
+        before, window, said = self.cm.tokens(session), session.window, list(session.messages)
+        try:
+            with contextlib.suppress(CapacityError):
+                self.cm.prepare(session)
+        except RuntimeError:
+            np.testing.assert_array_equal(self.cm.tokens(session), before)
+            assert session.window == window
+        assert session.messages == said
+        self.cm.clear_hook(name)
+        self.hooked = self.hooked and name != "on_evict"
+
     @precondition(lambda self: self.sessions)
     @rule(n=PICK)
     def lose(self, n: int) -> None:

@@ -805,6 +805,24 @@ def test_a_hook_that_raises_ends_its_own_request(name: str) -> None:
     assert_alone([first, third], max_tokens=8, **ENDLESS)
 
 
+@pytest.mark.parametrize("why", ["cancelled", "timeout"])
+def test_who_waited_in_vain_hears_for_how_long(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(fake(max_sessions=1))
+    (talks,) = say(pool, "1?", max_tokens=100, **ENDLESS)
+    pool.step()
+    waits = pool.submit(Session(), "2?", timeout_s=50.0 if why == "timeout" else None)
+    pool.step()
+    monkeypatch.setattr(waits, "_asked", waits._asked - 60.0)
+    if why == "cancelled":
+        waits.cancel()
+    pool.step()
+    reply = waits.result()
+    assert (reply.stop_reason, reply.n_generated) == (why, 0)
+    assert 60.0 <= reply.total_s < 1000.0
+    assert talks.n_generated
+    pool.close()
+
+
 def test_progress_is_told_to_its_end_and_its_no_cancels_that_one() -> None:
     cm = fake()
     pool = Pool(cm)

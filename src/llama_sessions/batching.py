@@ -102,7 +102,7 @@ class Batcher:
     def cut_short(self, ticket: Ticket, why: str) -> None:
         """End it with what was said."""
         with self._blaming(ticket):
-            self.end(ticket, chunks=ticket.generation.cut_short(why))
+            self.end(ticket, chunks=ticket.generation.cut_short(why, ticket.seconds))
 
     def end(self, ticket: Ticket, error: BaseException | None = None, chunks: Sequence[Chunk] = ()) -> None:
         """It is over, with a reply or an error; the others do not notice. Its session is free before it says so."""

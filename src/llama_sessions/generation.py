@@ -225,8 +225,11 @@ class Generation(Course):
             token = logprob = None
         return chunks
 
-    def cut_short(self, stop_reason: str) -> list[Chunk]:
-        """End the reply here: chunks of what was held back, and the reply."""
+    def cut_short(self, stop_reason: str, seconds_ago: float = 0.0) -> list[Chunk]:
+        """End the reply here: chunks of what was held back, and the reply. `seconds_ago`: see `start`, for one that was
+        not started yet."""
+        if self._started is None:
+            self._started = time.perf_counter() - seconds_ago
         return self._last_chunks(None, [], stop_reason)
 
     def _last_chunks(self, token: int | None, parts: list[Part], stop_reason: str) -> list[Chunk]:

@@ -154,7 +154,10 @@ class Ticket(Iterator[Chunk]):
                 self._n_awaiting -= 1
 
     def on_change(self, listener: Callable[[], None] | None) -> None:
-        """Call `listener` whenever there is something new; from the thread that steps the pool."""
+        """Call `listener` whenever there is something new; from the thread that steps the pool. StateError for a second
+        one: each would take chunks that the other waits for."""
+        if listener is not None and self._listener is not None:
+            raise StateError("somebody reads the chunks of this ticket already; hand them on from there")
         self._listener = listener
 
     def _tell(self) -> None:

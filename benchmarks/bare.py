@@ -64,10 +64,14 @@ class Bare:
     def batches(self, tokens: Sequence[int], pos: int, seq_id: int, *, n_batch: int | None = None) -> list[Batch]:
         """`tokens` from `pos` on, cut at `n_batch`; the last asks for logits."""
         size = n_batch or self.n_batch
-        cuts = [(i, tokens[i : i + size]) for i in range(0, len(tokens), size)]
-        return [Batch(part, pos + i, seq_id, wants_logits=i + size >= len(tokens)) for i, part in cuts]
+        found, n = [], len(tokens)
+        for i in range(0, n, size):
+            part = tokens[i : i + size]
+            m = len(part)
+            found.append(Batch(part, range(pos + i, pos + i + m), [seq_id] * m, [i + k == n - 1 for k in range(m)]))
+        return found
 
-    def decode(self, batch: Batch | Round) -> None:
+    def decode(self, batch: Batch) -> None:
         code = llama_cpp.llama_decode(self.ctx, batch.native)
         if code:
             raise RuntimeError(f"llama_decode returned {code}")
@@ -86,7 +90,7 @@ class Bare:
     def sample(self, chain: Any, index: int = -1) -> int:
         return int(llama_cpp.llama_sampler_sample(chain, self.ctx, index))
 
-    def decode_and_sample(self, batch: Round, chains: Sequence[Any]) -> None:
+    def decode_and_sample(self, batch: Batch, chains: Sequence[Any]) -> None:
         """A step of several sequences, each with a chain of its own; what was sampled is what comes next."""
         self.decode(batch)
         for i, chain in enumerate(chains):
@@ -98,42 +102,19 @@ class Bare:
 
 
 class Batch:
-    """A `llama_batch` of one sequence; C reads the arrays in place."""
-
-    def __init__(self, tokens: Sequence[int], pos: int, seq_id: int, *, wants_logits: bool = True) -> None:
-        n = len(tokens)
-        self.token = (ctypes.c_int32 * n)(*tokens)
-        self.pos = (ctypes.c_int32 * n)(*range(pos, pos + n))
-        self._n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
-        self._seq = (ctypes.c_int32 * 1)(seq_id)
-        pointer = ctypes.POINTER(ctypes.c_int32)
-        self._seq_id = (pointer * n)(*[ctypes.cast(self._seq, pointer)] * n)
-        self._logits = (ctypes.c_int8 * n)(*[0] * (n - 1), wants_logits)
-        self.native = llama_cpp.llama_batch(
-            n_tokens=n,
-            token=self.token,
-            embd=None,
-            pos=self.pos,
-            n_seq_id=self._n_seq_id,
-            seq_id=self._seq_id,
-            logits=self._logits,
-        )
-
-
-class Round:
-    """A `llama_batch` of the next token of several sequences, with logits for each but the last `n_without`."""
+    """A `llama_batch`; C reads the arrays in place. `wishes`: for each token whether it asks for logits."""
 
     def __init__(
-        self, tokens: Sequence[int], positions: Sequence[int], seq_ids: Sequence[int], n_without: int = 0
+        self, tokens: Sequence[int], positions: Sequence[int], seq_ids: Sequence[int], wishes: Sequence[bool]
     ) -> None:
         n = len(tokens)
         self.token = (ctypes.c_int32 * n)(*tokens)
         self.pos = (ctypes.c_int32 * n)(*positions)
         self._n_seq_id = (ctypes.c_int32 * n)(*[1] * n)
-        self._seqs = [(ctypes.c_int32 * 1)(seq_id) for seq_id in seq_ids]
+        self._seqs = {seq_id: (ctypes.c_int32 * 1)(seq_id) for seq_id in seq_ids}
         pointer = ctypes.POINTER(ctypes.c_int32)
-        self._seq_id = (pointer * n)(*[ctypes.cast(seq, pointer) for seq in self._seqs])
-        self._logits = (ctypes.c_int8 * n)(*[1] * (n - n_without), *[0] * n_without)
+        self._seq_id = (pointer * n)(*[ctypes.cast(self._seqs[seq_id], pointer) for seq_id in seq_ids])
+        self._logits = (ctypes.c_int8 * n)(*wishes)
         self.native = llama_cpp.llama_batch(
             n_tokens=n,
             token=self.token,

@@ -40,6 +40,7 @@ from harness import (
     described,
     interleaved,
     median,
+    met,
     run_part,
     say,
     serve_part,
@@ -324,10 +325,6 @@ PARTS = {
     "quality": quality,
     "recall": recall,
 }
-
-
-def met(yes: bool) -> str:
-    return "met" if yes else "MISSED"
 
 
 def time_cells(rounds: list[Result], *, has_target: bool) -> list[object]:

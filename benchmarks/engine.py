@@ -21,7 +21,7 @@ from typing import Any
 
 import llama_cpp
 from bare import Bare, plain_buffers, sampler_chain
-from harness import Result, described, interleaved, say, serve_part, spread, table, write_json
+from harness import Result, described, interleaved, met, say, serve_part, spread, table, write_json
 from workload import SHAPES, model_file, text
 
 SCHEMA = {
@@ -171,9 +171,9 @@ def main() -> int:
     rows = []
     for part, r in found.items():
         title, target = TITLES[part]
-        met = "met" if r["ratio"] >= target else "MISSED"
+        verdict = met(r["ratio"] >= target)
         speeds = [f"{statistics.median(r[side]):.1f}" for side in ("ours", "theirs")]
-        rows.append([title, *speeds, f"{r['ratio']:.3f}x", spread(r["ratios"]), f"{target}x", met])
+        rows.append([title, *speeds, f"{r['ratio']:.3f}x", spread(r["ratios"]), f"{target}x", verdict])
     say(f"Engine.stream, {args.shape} shape, {args.tokens} tokens a reply, medians of {args.pairs} pairs")
     print(table(["against", "ours, tokens/s", "theirs", "ours / theirs", "lowest..highest", "target", ""], rows))
     write_json(args.json, "engine", config, found)

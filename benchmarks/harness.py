@@ -125,6 +125,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *(line(row) for row in cells[1:])])
 
 
+def met(yes: bool) -> str:
+    """What a table says of a target."""
+    return "met" if yes else "MISSED"
+
+
 def ratio(value: float, limit: float) -> str:
     """`1.03x`; empty where there is nothing to compare with."""
     return f"{value / limit:.2f}x" if limit else ""

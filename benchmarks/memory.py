@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from harness import Result, interleaved, say, serve_part, table, write_json
+from harness import Result, interleaved, met, say, serve_part, table, write_json
 from workload import WORDS, model_file, text
 
 
@@ -65,8 +65,8 @@ def main() -> int:
     config = {"model": str(model_file(args.shape)), "n_turns": 20, "n_forks": 4}
     ((r,),) = interleaved(__file__, ["chat"], lambda _: config, 1).values()
 
-    def row(name: str, n: float, target: str = "", met: str = "") -> list[object]:
-        return [name, f"{n / 1e6:.2f} MB", f"{n / r['kv_bytes']:.2f}x", target, met]
+    def row(name: str, n: float, target: str = "", verdict: str = "") -> list[object]:
+        return [name, f"{n / 1e6:.2f} MB", f"{n / r['kv_bytes']:.2f}x", target, verdict]
 
     say(f"20 turns, 4 forks talked on, all five released: {r['n_unique']} unique tokens")
     fits = r["bytes"] <= 1.05 * r["kv_bytes"] and r["most_decoded"] <= 1
@@ -75,7 +75,7 @@ def main() -> int:
             ["", "host bytes", "of their KV", "target", ""],
             [
                 row("KV of the unique tokens", r["kv_bytes"]),
-                row(f"ours, {r['n_nodes']} edges", r["bytes"], "1.05x", "met" if fits else "MISSED"),
+                row(f"ours, {r['n_nodes']} edges", r["bytes"], "1.05x", met(fits)),
                 row("a whole row a session", r["a_session_bytes"]),
                 row("a whole row a turn", r["a_turn_bytes"]),
             ],

@@ -27,7 +27,7 @@ from typing import Any
 
 import llama_cpp
 from bare import Bare, sampler_chain
-from harness import Inside, Result, described, interleaved, say, serve_part, spread, table, write_json
+from harness import Inside, Result, described, interleaved, met, say, serve_part, spread, table, write_json
 from workload import model_file, text
 
 TARGETS = {"prepare": 2.0, "token": 0.1, "import": 50.0, "prefill": 2.0}  # ms, ms, ms, %
@@ -254,7 +254,7 @@ def context(shape: str, args: argparse.Namespace, **more: Any) -> Result:
 
 
 def verdict(value: float, target: float) -> str:
-    return "met" if value <= target else "MISSED"
+    return met(value <= target)
 
 
 def run(args: argparse.Namespace) -> tuple[list[list[object]], Result]:

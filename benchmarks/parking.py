@@ -22,7 +22,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from harness import Result, described, interleaved, median, run_part, say, serve_part, table, write_json
+from harness import Result, described, interleaved, median, met, run_part, say, serve_part, table, write_json
 from server_peer import server
 from workload import WORDS, model_file, text
 
@@ -179,9 +179,6 @@ def main() -> int:
     slots = median(many_r, "later_ms") / median(few, "later_ms")
     n_wrong = sum(r["n_wrong"] for r in many_r)
     stem = found["stem"][0]
-
-    def met(yes: bool) -> str:
-        return "met" if yes else "MISSED"
 
     rows = [
         [f"park and return, {b[0]['n_tokens']} tokens", f"{median(b, 'ours_ms'):.2f} ms",

@@ -32,8 +32,8 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from bare import Bare, Round, has_amx, sampler_chain
-from harness import Inside, Result, described, interleaved, run_part, say, serve_part, spread, table, write_json
+from bare import Bare, Batch, has_amx, sampler_chain
+from harness import Inside, Result, described, interleaved, met, run_part, say, serve_part, spread, table, write_json
 from server_peer import events, serving, settings
 from workload import SHAPES, WORDS, model_file, text
 
@@ -109,7 +109,8 @@ class Together:
             row = self.cm._seats.get(ticket.session, reading=True).row
             self.bare.share(row.seq_id, seq_id, 0, row.n)
             ends.append(row.n)
-        batch = Round([int(self.cm.tokens(t.session)[-1]) for t in self.tickets], ends, seq_ids)
+        latest = [int(self.cm.tokens(t.session)[-1]) for t in self.tickets]
+        batch = Batch(latest, ends, seq_ids, [True] * self.n)
         rate = self._per_second(lambda: self.bare.decode_and_sample(batch, self.chains))
         for seq_id in seq_ids:
             self.bare.trim(seq_id, 0)
@@ -256,7 +257,8 @@ def join_bare(config: Result, lengths: Sequence[int], given: Sequence[int]) -> f
     rounds, at = [], 0
     for i, more in enumerate(given):
         positions = [*(length + i for length in lengths), *range(at, at + more)]
-        rounds.append(Round([7] * (n + more), positions, [*range(n), *[n] * more], more))
+        wishes = [True] * n + [False] * more
+        rounds.append(Batch([7] * (n + more), positions, [*range(n), *[n] * more], wishes))
         at += more
     started = time.perf_counter()
     for batch in rounds:
@@ -320,7 +322,7 @@ def unified(config: Result) -> Result:
         for i in range(config["n_pairs"] + 1):
             for kind in list(kinds) if i % 2 else reversed(kinds):
                 bare, _ = kinds[kind]
-                batch = Round([7] * n, [len(tokens)] * n, range(n))
+                batch = Batch([7] * n, [len(tokens)] * n, range(n), [True] * n)
                 bare.decode_and_sample(batch, chains[:n])
                 started = time.perf_counter()
                 for _ in range(config["n_steps"]):
@@ -346,10 +348,6 @@ PARTS = {
 
 
 # -- reports
-
-
-def met(yes: bool) -> str:
-    return "met" if yes else "MISSED"
 
 
 def report_together(config: Result, sessions: list[int]) -> tuple[Result, bool]:

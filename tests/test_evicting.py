@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def no_end(cm: ContextManager) -> dict[int, float]:
 def reported(session: Session) -> Any:
     assert session.last_prepare is not None
     return session.last_prepare
+
+
+def summarising(role: str, text: str) -> tuple[list[list[Message]], Callable[[list[Message], Session], list[Message]]]:
+    """An `on_evict` hook with one message for all that go, the number of its call in it; and all it was handed."""
+    calls: list[list[Message]] = []
+
+    def summarise(dropped: list[Message], session: Session) -> list[Message]:
+        calls.append(list(dropped))
+        return [{"role": role, "content": text.format(len(calls))}]
+
+    return calls, summarise
 
 
 # -- what the model still knows
@@ -366,8 +378,8 @@ def add_calls(session: Session, *numbers: int) -> None:
 def test_a_summary_of_earlier_calls_takes_the_question_from_nobody(load: Loader, way: str, eviction: str) -> None:
     """It stands behind the question, and is a user's message: still it is not what was asked last."""
     cm = load("llama-bpe", n_ctx=256, eviction=eviction, n_sink=0, **WAYS[way])
-    calls: list[list[Message]] = []
-    cm.set_hook("on_evict", lambda gone, s: calls.append(list(gone)) or [{"role": "user", "content": "a summary"}])
+    calls, summarise = summarising("user", "a summary")
+    cm.set_hook("on_evict", summarise)
     session = said("How long will it take?")
     for i in range(40):
         add_calls(session, i)
@@ -607,12 +619,7 @@ def test_a_raw_session_loses_its_oldest_text_but_the_last(load: Loader) -> None:
 def test_the_hook_gets_the_messages_that_go_and_earlier_replacements_first(load: Loader) -> None:
     cm = load("llama-bpe", n_ctx=256)
     cm.set_system("Be brief.")
-    calls: list[list[Message]] = []
-
-    def summarise(dropped: list[Message], session: Session) -> list[Message]:
-        calls.append(list(dropped))
-        return [{"role": "system", "content": f"Summary {len(calls)}."}]
-
+    calls, summarise = summarising("system", "Summary {}.")
     cm.set_hook("on_evict", summarise)
     session = grown(cm, Session())
     n = len(calls)
@@ -862,8 +869,8 @@ def test_make_room_is_0_where_the_way_is_not_open(load: Loader) -> None:
 
 def test_what_make_room_dropped_is_handed_to_the_hook_by_the_next_prepare(load: Loader) -> None:
     cm = load("llama-bpe", n_ctx=512)
-    calls: list[list[Message]] = []
-    cm.set_hook("on_evict", lambda dropped, s: calls.append(list(dropped)) or [{"role": "user", "content": "sum"}])
+    calls, summarise = summarising("user", "sum")
+    cm.set_hook("on_evict", summarise)
     session = said(*(line(i) for i in range(9)))
     cm.prepare(session)
     assert cm.make_room(session, 100) >= 100
@@ -882,8 +889,8 @@ def test_what_make_room_dropped_is_handed_to_the_hook_by_the_next_prepare(load: 
 
 def test_what_was_deleted_before_a_hook_was_handed_it_is_not_handed(load: Loader) -> None:
     cm = load("llama-bpe", n_ctx=512)
-    calls: list[list[Message]] = []
-    cm.set_hook("on_evict", lambda dropped, s: calls.append(list(dropped)) or [{"role": "user", "content": "sum"}])
+    calls, summarise = summarising("user", "sum")
+    cm.set_hook("on_evict", summarise)
     session = said(*(line(i) for i in range(9)))
     cm.prepare(session)
     cm.make_room(session, 100)
@@ -907,12 +914,7 @@ def test_what_was_deleted_before_a_hook_was_handed_it_is_not_handed(load: Loader
 def test_a_summary_that_a_reply_took_the_room_of_is_handed_to_the_next_hook(load: Loader) -> None:
     """What happened before it would be forgotten."""
     cm = load("llama-bpe", n_ctx=256)
-    calls: list[list[Message]] = []
-
-    def summarise(dropped: list[Message], session: Session) -> list[Message]:
-        calls.append(list(dropped))
-        return [{"role": "user", "content": f"summary {len(calls)}"}]
-
+    calls, summarise = summarising("user", "summary {}")
     cm.set_hook("on_evict", summarise)
     session = grown(cm, Session())
     session.add_assistant("Yes.")
@@ -932,12 +934,7 @@ def test_a_summary_that_a_reply_took_the_room_of_is_handed_to_the_next_hook(load
 
 def test_what_a_hook_answered_counts_for_the_next_try_where_there_was_no_room(load: Loader) -> None:
     cm = load("llama-bpe", n_ctx=512, n_batch=256, radix=False)
-    calls: list[list[Message]] = []
-
-    def summarise(dropped: list[Message], session: Session) -> list[Message]:
-        calls.append(list(dropped))
-        return [{"role": "user", "content": f"summary {len(calls)}"}]
-
+    calls, summarise = summarising("user", "summary {}")
     cm.set_hook("on_evict", summarise)
     other = said("~" * 200)
     cm.prepare(other)

@@ -19,7 +19,7 @@ from .kv.row import Row, common_prefix, end_of
 from .kv.store import RowStore
 from .layout import Layout, Part
 from .notice import Notice
-from .options import ManagerOptions
+from .options import ManagerOptions, default_headroom
 from .prompts import Conversation, Prompter
 from .render import Rendered
 from .seats import Prompt, Seat
@@ -107,7 +107,7 @@ class Evictor:
     def report(self, asking: Asking, session: Session, *, asks_hook: bool = True) -> Asking:
         """Hand what went to `on_evict`, and look at the conversation through the new window."""
         window, gone, answers = asking.window, list(asking.gone), asking.answers
-        if not gone and not self.has_to_report(asking, session):
+        if not gone and not (self._hooks.watches_evictions and window.is_unheard(session.messages)):
             return asking
         dropped = [*asking.dropped, *(m for m in gone if not _is_in(m, window.replacements))]
         fresh: Sequence[Message] = ()
@@ -130,10 +130,6 @@ class Evictor:
             answers=answers,
             dropped=tuple(dropped),
         )
-
-    def has_to_report(self, asking: Asking, session: Session) -> bool:
-        """Whether `make_room` dropped what a hook wants to hear of."""
-        return self._hooks.watches_evictions and asking.window.is_unheard(session.messages)
 
     def remember(self, session: Session, asking: Asking) -> None:
         """There was no room for it now: what the hook answered counts for the next try, too."""
@@ -340,7 +336,7 @@ class Evictor:
         caps = self._store.caps
         n_trained = caps.n_ctx_train
         if n_tokens > n_trained and caps.kind is not MemoryKind.RECURRENT:
-            headroom = caps.n_ctx_seq - n_trained + min(256, n_trained // 4)
+            headroom = caps.n_ctx_seq - n_trained + default_headroom(n_trained)
             self._too_long_for_model.say(
                 logger,
                 "a prompt of %d tokens is longer than the %d that the model was trained for, so it may make no sense "

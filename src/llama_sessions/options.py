@@ -119,6 +119,11 @@ class RadixOptions:
             checked_choice("policy", self.policy, ("lru", "lfu", "gdsf"))
 
 
+def default_headroom(n_tokens: int) -> int:
+    """What is kept free for the reply of so many tokens, where nothing else is said."""
+    return min(256, n_tokens // 4)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManagerOptions:
     """Options of a `ContextManager`.
@@ -179,7 +184,7 @@ class ManagerOptions:
     def headroom_for(self, n_ctx_seq: int) -> int:
         """Tokens kept free for the reply."""
         if self.headroom is None:
-            return min(256, n_ctx_seq // 4)
+            return default_headroom(n_ctx_seq)
         return checked_int("headroom", self.headroom, 0, n_ctx_seq - 1)
 
     def n_sink_for(self, n_ctx_seq: int) -> int:

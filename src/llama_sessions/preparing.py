@@ -113,10 +113,14 @@ class Preparer:
 
     def _returned(self, session: Session) -> Seat | None:
         """The seat of a session that was parked with a row that nobody can compute again."""
+        parked = self._returning(session)
+        return None if parked is None else self._restored(session, parked, but=(session,))
+
+    def _returning(self, session: Session) -> Parked | None:
+        """What of a parked session comes back as it was; None where it does not, or was not parked."""
         parked = self._parking.get(session)
-        if parked is None or not self._parking.can_return(session, parked, but=(session,)):
-            return None
-        return self._restored(session, parked, but=(session,))
+        can = parked is not None and self._parking.can_return(session, parked, but=(session,))
+        return parked if can else None
 
     def _restored(self, session: Session, parked: Parked, but: Sequence[Session]) -> Seat:
         """The same, with the cells of the system prompt in common once more."""
@@ -331,8 +335,8 @@ class Preparer:
         next."""
         seat = self._seats.get(session, reading=True)
         row, prompt = (None, Prompt()) if seat is None else (seat.row, seat.prompt)
-        parked = self._parking.get(session)
-        if seat is None and parked is not None and self._parking.can_return(session, parked, but=(session,)):
+        parked = self._returning(session) if seat is None else None
+        if parked is not None:
             row, prompt = self._foreseen(parked), parked.prompt
         _, layout, asking, narrowed = self._laid_out(session, asking, row, prompt)
         if narrowed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from child import run_child
@@ -1466,6 +1468,27 @@ def test_a_quiet_manager_beside_a_loud_one_stays_quiet(load: Loader, caplog: pyt
         cm.release(session)
     assert heard[True]
     assert heard[False] == []
+
+
+def test_a_quiet_manager_is_quiet_about_grammars_too(
+    load: Loader, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compiled on a thread with a larger stack."""
+    caplog.set_level(logging.DEBUG, logger="llama_sessions.llama")
+    managers = {log: load(log=log) for log in (True, False)}
+
+    def refuse(*_: object) -> None:
+        callback, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+        llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+        callback(4, b"no such rule\n", data)
+
+    monkeypatch.setattr(llama_cpp, "llama_sampler_init_grammar", refuse)
+    for log in (True, False, True):
+        caplog.clear()
+        with pytest.raises(OptionError, match="refuses it: no such rule"):
+            managers[log].grammar('root ::= "a"')
+        heard = [r.getMessage() for r in caplog.records if r.name == "llama_sessions.llama"]
+        assert heard == (["no such rule"] if log else [])
 
 
 def test_nothing_is_printed_by_a_library(load: Loader, capfd: pytest.CaptureFixture[str]) -> None:

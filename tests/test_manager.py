@@ -1340,11 +1340,18 @@ def test_a_session_of_a_manager_that_was_dropped_unclosed_may_go_to_another(load
     assert_exact(other, session)
 
 
-@pytest.mark.parametrize("name", ["prepare", "preview", "append", "logits", "tokens", "fork", "release"])
-@pytest.mark.parametrize("thing", [None, "session", 5, {}])
+ABOUT_A_SESSION = [
+    "begin", "prepare", "preview", "append", "logits", "tokens", "fork", "release", "make_room", "park", "flush", "pin",
+    "rebuild", "is_parked", "is_pinned", "is_held", "n_room",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABOUT_A_SESSION)
+@pytest.mark.parametrize("thing", [None, "session", 5, {}, Session])
 def test_what_is_no_session_is_an_option_error(cm: ContextManager, name: str, thing: Any) -> None:
-    with pytest.raises(OptionError, match=r"Session|PromptChunk"):
-        EVERY_CALL[name](cm, thing)
+    more = {"append": [65], "make_room": [1]}.get(name, [])
+    with pytest.raises(OptionError, match=r"a Session is wanted|NextToken\(session="):
+        getattr(cm, name)(thing, *more)
 
 
 def test_after_os_fork_every_call_in_the_child_says_spawn_and_close_does_nothing() -> None:
@@ -1412,6 +1419,44 @@ def test_after_os_fork_every_call_in_the_child_says_spawn_and_close_does_nothing
         print("parent fine")
     """)
     assert out.splitlines() == ["[]", "parent fine"]
+
+
+def test_a_forked_child_whose_decode_would_wait_for_the_parents_threads_is_told_so() -> None:
+    out = run_child("""
+        import os, signal
+        import llama_cpp
+        from models import model_path
+        from llama_sessions import ContextManager, Session, StateError
+
+        def prepare(n_threads):
+            with ContextManager.load(model_path("llama-bpe"), n_ctx=256, max_sessions=2, n_threads=n_threads) as cm:
+                session = Session()
+                session.add_user("Who are you?")
+                return cm.prepare(session)
+
+        def in_a_child(n_threads):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)  # a hang is a failure too
+                try:
+                    print(prepare(n_threads), flush=True)
+                except StateError as e:
+                    print(e, flush=True)
+                os._exit(0)
+            _, status = os.waitpid(pid, 0)
+            assert status == 0, status
+
+        print(b"OPENMP = 1" in llama_cpp.llama_print_system_info(), flush=True)
+        prepare(1)
+        in_a_child(2)  # nobody has left threads behind so far
+        print(prepare(2), flush=True)
+        in_a_child(1)
+        in_a_child(2)
+    """)
+    has_openmp, before, *others, last = out.splitlines()
+    assert {before, *others} == {before}
+    assert int(before) > 0
+    assert ("use multiprocessing's 'spawn' start method, or n_threads=1" in last) == (has_openmp == "True")
 
 
 def test_a_forked_child_that_just_exits_frees_nothing_of_the_parents() -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from conversations import Loader, assert_exact, is_seated, over_fake, prepared, said, sources
 
@@ -242,6 +243,24 @@ def test_a_session_that_is_parked_again_before_it_was_back_loses_no_token(monkey
     assert cm.tokens(session).tolist() == tokens
     assert session.n_past == len(tokens)
     assert_exact(cm, session)
+
+
+def test_logits_come_back_though_the_session_was_parked_while_they_were_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cm = over_fake()
+    (session,) = prepared(cm, "Who are you? ")
+    expected = cm.logits(session).copy()
+    real = cm._entry.reading
+
+    def late() -> Any:
+        """Another thread was inside until now."""
+        cm.park(session)
+        return real()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cm._entry, "reading", late)
+        np.testing.assert_array_equal(cm.logits(session), expected)
 
 
 def test_a_prepared_session_is_parked_no_more() -> None:

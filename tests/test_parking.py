@@ -235,6 +235,14 @@ def test_without_a_cache_a_parked_session_is_decoded_again(load: Loader) -> None
     assert cm.flush(session) == 0
 
 
+@pytest.mark.parametrize("thing", [None, "text", 5])
+def test_only_sessions_are_parked_or_pinned(thing: Any) -> None:
+    cm, _ = fake()
+    for ask in (cm.park, cm.flush, cm.pin, cm.is_parked, cm.is_pinned, cm.logits):
+        with pytest.raises(OptionError, match="a Session is wanted"):
+            ask(thing)
+
+
 def test_release_of_a_parked_session_forgets_it(load: Loader) -> None:
     cm = load()
     session = said("Who are you?")

@@ -242,11 +242,11 @@ class Steps(House):
 
         A parked session gets its row back for this, and its last token is decoded again.
         """
-        if isinstance(session, Session) and self._parking.get(session) is not None:
-            with self._entry.gate(), self._entry.change:
-                self._bring_back(session, None, wants_logits=True)
+        with self._entry.reading():  # asked within: whoever was inside before may have parked it
+            if not isinstance(session, Session) or self._parking.get(session) is None:
                 return self._copied_logits(session)
-        with self._entry.reading():
+        with self._entry.gate(), self._entry.change:
+            self._bring_back(session, None, wants_logits=True)
             return self._copied_logits(session)
 
     def _copied_logits(self, session: Session) -> FloatArray:

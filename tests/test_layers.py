@@ -161,9 +161,9 @@ PUBLIC = [
     "AsyncPool", "Branch", "Cancelled", "Capabilities", "CapacityError", "Chunk", "ContextManager", "ContextOverflow",
     "DecodeError", "Engine", "Eviction", "LlamaSessionsError", "MemoryKind", "ModelError", "NativeError", "NextToken",
     "NoFreeSlot", "OptionError", "PRESETS", "Pending", "Piece", "Pool", "PoolStats", "Prefix", "PrepareReport",
-    "Preview", "PromptChunk", "QueueFull", "RadixOptions", "RadixStats", "Reply", "STRATEGIES", "Session", "Slots",
-    "SnapshotError", "StateError", "Stats", "StepReport", "StepResult", "Stream", "Stretch", "TemplateError", "Ticket",
-    "TokenLogprob", "ToolCallDelta", "builtin_model",
+    "Preview", "PromptChunk", "QueueFull", "RadixCache", "RadixOptions", "RadixStats", "Reply", "STRATEGIES", "Session",
+    "Slots", "SnapshotError", "StateError", "Stats", "StepReport", "StepResult", "Stream", "Stretch", "TemplateError",
+    "Ticket", "TokenLogprob", "ToolCallDelta", "Usage", "builtin_model",
 ]  # fmt: skip
 
 

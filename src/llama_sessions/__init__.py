@@ -42,7 +42,9 @@ from .types import Capabilities, MemoryKind
 if TYPE_CHECKING:
     from .async_pool import AsyncPool
     from .call_reader import ToolCallDelta
+    from .kv.cache import RadixCache
     from .kv.eviction import STRATEGIES, Eviction, Piece
+    from .kv.policy import Usage
     from .pool import Pool
     from .pool_stats import PoolStats
     from .ticket import Ticket
@@ -77,6 +79,7 @@ __all__ = [
     "Preview",
     "PromptChunk",
     "QueueFull",
+    "RadixCache",
     "RadixOptions",
     "RadixStats",
     "Reply",
@@ -93,6 +96,7 @@ __all__ = [
     "Ticket",
     "TokenLogprob",
     "ToolCallDelta",
+    "Usage",
     "builtin_model",
 ]
 
@@ -103,9 +107,11 @@ _WHEN_ASKED = {
     "Piece": "kv.eviction",
     "Pool": "pool",
     "PoolStats": "pool_stats",
+    "RadixCache": "kv.cache",
     "STRATEGIES": "kv.eviction",
     "Ticket": "ticket",
     "ToolCallDelta": "call_reader",
+    "Usage": "kv.policy",
 }
 
 

@@ -105,6 +105,9 @@ def checked_namespace(namespace: object) -> str | None:
 class RadixOptions:
     """How the cache of saved KV is kept: at most `max_bytes`, runs of at least `min_tokens`, thinned by `policy`.
 
+    `policy`: "lru", "lfu", "gdsf" (what saves least time a byte goes first), or a function of your own from `Usage` to
+    a number; what has the lowest goes first, leaves of the tree before what they hang on.
+
     What is restored from several pieces passes through a buffer beside it: an eighth of `max_bytes` (or 1 MiB) at most.
     """
 

@@ -23,6 +23,7 @@ from .snapshot import load_state, save_state, state_size
 # Types llama.cpp takes for K and V, with bytes a value: f32 f16 q4_0 q4_1 q5_0 q5_1 q8_0 iq4_nl bf16.
 KV_TYPES = {0: 4.0, 1: 2.0, 2: 18 / 32, 3: 20 / 32, 6: 22 / 32, 7: 24 / 32, 8: 34 / 32, 20: 18 / 32, 30: 2.0}
 _F16, _BF16 = 1, 30
+_BLOCK = 32  # numbers that each of the quantised ones packs together
 _DEFAULT_CTX = 8192
 _N_VIEWS = 512  # places of the logits buffer that are remembered
 _FIRST_PAGE = 4096  # no address below it is ever valid
@@ -54,6 +55,8 @@ def _shift_refused(model: Model, kind: MemoryKind, native: bool, k_type: int | N
         return "the type of K is not known for a context made elsewhere"
     if k_type == _BF16:
         return "K is bf16"
+    if KV_TYPES[k_type] < KV_TYPES[_F16] and model.head_size("key") == _BLOCK:
+        return f"K is quantised in heads of {_BLOCK} numbers, of which a shift crashes the process"
     scaling = model.meta("{arch}.rope.scaling.type") or "none"
     factor = model.meta_number("{arch}.rope.scaling.attn_factor")
     if scaling not in ("none", "linear") or factor not in (None, 1.0) or not plain_rope:

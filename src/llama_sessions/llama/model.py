@@ -179,14 +179,17 @@ class Model:
     def n_ctx_train(self) -> int:
         return int(llama_cpp.llama_model_n_ctx_train(self.handle))
 
-    def kv_values_per_token(self) -> int:
-        """Numbers of K and V one token takes over all layers (an upper bound where layers differ)."""
+    def head_size(self, what: str) -> int:
+        """Numbers in one head of "key" or "value"."""
         n_head = max(1, int(llama_cpp.llama_model_n_head(self.handle)))
         default = int(llama_cpp.llama_model_n_embd(self.handle)) // n_head
-        k = self.meta_number("{arch}.attention.key_length") or default
-        v = self.meta_number("{arch}.attention.value_length") or default
+        return int(self.meta_number(f"{{arch}}.attention.{what}_length") or default)
+
+    def kv_values_per_token(self) -> int:
+        """Numbers of K and V one token takes over all layers (an upper bound where layers differ)."""
         heads = int(llama_cpp.llama_model_n_head_kv(self.handle))
-        return int(llama_cpp.llama_model_n_layer(self.handle) * heads * (k + v))
+        values = self.head_size("key") + self.head_size("value")
+        return int(llama_cpp.llama_model_n_layer(self.handle) * heads * values)
 
     def vocab(self) -> LlamaVocab:
         is_gone = (lambda: self.is_gone) if self.is_lent else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conversations import Loader, assert_exact, is_seated, over_fake, said
+from conversations import Loader, assert_exact, is_seated, over_fake, said, sources
 from interrupting import interrupted_everywhere
 from models import model_path
 from oracle import oracle_for
@@ -29,6 +29,7 @@ from llama_sessions import (
     ContextOverflow,
     Engine,
     OptionError,
+    RadixOptions,
     Session,
     SnapshotError,
     TemplateError,
@@ -1198,8 +1199,14 @@ def test_an_approximate_row_comes_back_as_it_was_and_shares_its_prefix_again(loa
     preview = cm.preview(session)
     assert is_seated(cm, session) == [False]
     session.messages[-2:] = []
+    n_hit, n_miss = cm.stats().radix.n_hit_tokens, cm.stats().radix.n_miss_tokens
     assert cm.prepare(session) == len(before)
     row = row_of(cm, session)
+    assert sources(session) == ["prefix", "cache", "decode"]
+    shared, back, _ = reported(session).stretches
+    assert (shared.p0, shared.p1, back.p0, back.p1) == (0, n_shared, n_shared, len(before) - 1)
+    radix = cm.stats().radix
+    assert (radix.n_hit_tokens - n_hit, radix.n_miss_tokens - n_miss) == (back.p1 - back.p0, 1)
     assert (row.n_exact, row.jumps) == (n_exact, jumps)
     assert reported(session).n_decoded == 1
     assert not reported(session).exact
@@ -1282,6 +1289,55 @@ def test_a_lost_private_row_is_rendered_anew(load: Loader) -> None:
     assert cm.prepare(session) == preview.n_tokens
     assert reported(session).exact
     assert text_of(cm, session) == plain(cm, session.window)
+    assert_exact(cm, session)
+
+
+def test_k_that_is_quantised_in_heads_of_one_block_is_not_shifted(load: Loader) -> None:
+    """It would crash the process."""
+    for n_head, refused in ((2, "heads of 32"), (1, "")):
+        cm = load("llama-bpe", model={"n_head": n_head, "n_head_kv": n_head}, type_k=8, n_ctx=512)
+        assert refused in cm.capabilities.shift_refused_because
+        assert cm.capabilities.can_shift is not bool(refused)
+        session = said(*map(line, range(5)))
+        cm.prepare(session)
+        assert cm.make_room(session, 20) >= 20
+        assert bool(row_of(cm, session).jumps) is bool(refused)
+        cm.append(session, 65)
+
+
+def parked_approximate(max_bytes: int) -> tuple[ContextManager, Session]:
+    cm = over_fake(n_ctx=400, radix=RadixOptions(max_bytes=max_bytes))
+    session = said(*map(line, range(5)))
+    cm.prepare(session)
+    assert cm.make_room(session, 20) >= 20
+    cm.park(session)
+    assert cm.stats().radix.n_bytes_private > 0
+    return cm, session
+
+
+def test_the_private_row_of_a_session_that_is_gone_goes_with_it() -> None:
+    cm, session = parked_approximate(10**6)
+    branch = cm.fork(session)
+    del session
+    gc.collect()
+    cm.clear_radix()
+    assert cm.stats().radix.n_bytes == cm.stats().radix.n_bytes_private > 0  # the branch's, too
+    del branch
+    gc.collect()
+    cm.flush(said("nobody"))
+    assert cm.stats().radix.n_bytes_private == 0
+
+
+def test_it_is_said_when_a_private_row_went_for_what_was_saved_of_another(caplog: pytest.LogCaptureFixture) -> None:
+    cm, session = parked_approximate(6000)
+    other = said("#" * 250)
+    cm.prepare(other)
+    with caplog.at_level(logging.WARNING, "llama_sessions"):
+        cm.park(other)
+    assert cm.stats().radix.n_bytes_private == 0
+    assert "1 parked rows are decoded anew when they return: the cache is full" in caplog.text
+    cm.prepare(session)
+    assert reported(session).exact
     assert_exact(cm, session)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from conversations import Loader, assert_exact, over_fake, prepared, said, sources
 
@@ -215,6 +216,29 @@ def test_where_cuts_are_not_llama_cpps_own_blobs_stay_whole(
     assert other.last_prepare.n_decoded == 1
     assert_exact(cm, other)
     assert cm.stats().radix.n_tokens > n
+
+
+@pytest.mark.parametrize(("type_k", "type_v"), [(8, 8), (2, 2), (8, None)])
+def test_quantised_kv_is_cut_and_joined_and_comes_back_as_it_was(load: Loader, type_k: int, type_v: int | None) -> None:
+    heads = {"n_embd": 128, "n_head": 2, "n_head_kv": 2}
+    cm, anew = (
+        load(model=heads, type_k=type_k, type_v=type_v, flash_attn=True, radix=radix) for radix in (True, False)
+    )
+    assert cm._snapshots._layout is not None
+    stem = "The stem of both. " * 4
+    first, second = prepared(cm, stem + "one " * 6, stem + "two " * 6)
+    for session in (first, second):
+        cm.release(session)
+    for session in (first, second):
+        cm.prepare(session)
+        assert sources(session) == ["cache", "decode"]
+        assert session.last_prepare is not None
+        assert session.last_prepare.n_decoded == 1
+        alone = said(session.messages[0]["content"])
+        anew.prepare(alone)
+        np.testing.assert_array_equal(anew.tokens(alone), cm.tokens(session))
+        np.testing.assert_allclose(cm.logits(session), anew.logits(alone), atol=0.02)
+        cm.release(session)
 
 
 # -- restores that fail

@@ -124,7 +124,7 @@ class House:
             self._evictor,
         )
         after = self._overview.publish if options.idle_park_after_s is None else self._sweep_and_publish
-        self._entry = Entry(self._seats.drain, after, self._free, parts.is_gone, quiet=not options.log)
+        self._entry = Entry(self._drain, after, self._free, parts.is_gone, quiet=not options.log)
 
     def __enter__(self) -> Self:
         self._entry.check()
@@ -247,6 +247,11 @@ class House:
     def close(self) -> None:
         """Free what is ours: context and model of `load`. Sessions keep their messages. Again: nothing."""
         self._entry.close()
+
+    def _drain(self) -> None:
+        """At the beginning of each call: what sessions that are gone have left."""
+        self._seats.drain()
+        self._parking.drain()
 
     def _sweep_and_publish(self) -> None:
         """At the end of each call that may have changed something, where idle sessions are parked."""

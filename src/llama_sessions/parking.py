@@ -68,6 +68,7 @@ class Parking:
         self._idle_after_s = idle_after_s
         self._refused = Notice()
         self._parked: weakref.WeakKeyDictionary[Session, Parked] = weakref.WeakKeyDictionary()
+        self._n_parked = 0  # as many as were put in; fewer are there once one of them is gone
         self._pinned: weakref.WeakSet[Session] = weakref.WeakSet()
         self._private: set[int] = set()  # numbers of the rows that are kept as they were
         self._n_private = 0
@@ -90,8 +91,10 @@ class Parking:
     def forget(self, session: Session) -> bool:
         """It is parked no more; whether it was."""
         parked = self._parked.pop(session, None)
-        if parked is not None and parked.owner is not None:
-            self._forget_rows()
+        if parked is not None:
+            self._n_parked -= 1
+            if parked.owner is not None:
+                self._forget_rows()
         return parked is not None
 
     def pin(self, session: Session, on: bool) -> None:
@@ -111,7 +114,7 @@ class Parking:
         if session not in self._parked:  # else its return did not finish: what it had is known better
             tokens = row.tokens.copy()
             tokens.flags.writeable = False
-            self._parked[session] = Parked(tokens, seat.prompt, self._kept(row), row.namespace, row.n_exact, row.jumps)
+            self._remember(session, Parked(tokens, seat.prompt, self._kept(row), row.namespace, row.n_exact, row.jumps))
         self._seats.leave(session, seat)
 
     def _kept(self, row: Row) -> int | None:
@@ -123,9 +126,20 @@ class Parking:
         self._private.add(self._n_private)
         return self._n_private if self._snapshots.keep_private(self._n_private, row) else None
 
+    def _remember(self, session: Session, parked: Parked) -> None:
+        self._parked[session] = parked
+        self._n_parked += 1
+
+    def drain(self) -> None:
+        """Forget what was kept for sessions that are gone: nobody else can use it, and it would go last."""
+        if self._private and len(self._parked) != self._n_parked:
+            self._forget_rows()
+
     def _forget_rows(self) -> None:
         """Of sessions that are gone, or have theirs again."""
-        wanted = {parked.owner for parked in list(self._parked.values())}
+        left = list(self._parked.values())
+        self._n_parked = len(left)
+        wanted = {parked.owner for parked in left}
         for owner in self._private - wanted:
             self._snapshots.drop_private(owner)
             self._private.discard(owner)
@@ -159,7 +173,7 @@ class Parking:
         ids of the originals."""
         parked = self._parked.get(session)
         if parked is not None:
-            self._parked[twin] = replace(parked, prompt=parked.prompt.of_copies(copies))
+            self._remember(twin, replace(parked, prompt=parked.prompt.of_copies(copies)))
             twin.n_past = len(parked.tokens)
         return parked is not None
 

@@ -124,11 +124,25 @@ class Preparer:
 
     def _restored(self, session: Session, parked: Parked, but: Sequence[Session]) -> Seat:
         """The same, with the cells of the system prompt in common once more."""
+        started = time.perf_counter()
         seat = self._parking.restore(session, parked, but=but)
-        again = self._planner.of_prefix(seat.row)
-        if again is not None:
-            self._store.share_again(again, seat.row)
+        row, restored = seat.row, time.perf_counter()
+        again = self._planner.of_prefix(row)
+        n = 0 if again is None else self._store.share_again(again, row)
+        if row.n:
+            prefix = Stretch("prefix", 0, n, time.perf_counter() - restored)
+            seat.back = (*([prefix] if n else []), Stretch("cache", n, row.n, restored - started))
         return seat
+
+    def _told(self, seat: Seat, stretches: list[Stretch]) -> list[Stretch]:
+        """The stretches of a plan, in which a row that was brought back just now is not one that was there."""
+        back, seat.back = seat.back, ()
+        if not back or not stretches or stretches[0].source != "row" or stretches[0].p1 > back[-1].p1:
+            return stretches
+        n = stretches[0].p1
+        told = [replace(s, p1=min(s.p1, n)) for s in back if s.p0 < n]
+        self._snapshots.count_hits(sum(s.p1 - s.p0 for s in told if s.source == "cache"))
+        return [*told, *stretches[1:]]
 
     def _foreseen(self, parked: Parked) -> Row:
         """The row that `_restored` will give back."""
@@ -234,7 +248,7 @@ class Preparer:
             self._save_what_is_lost(session, seat, plan, prompt.said)
             seat.n_begun += 1
             seat.prompt = replace(prompt, n_tokens=len(tokens))
-            stretches = self._store.apply(seat.row, plan)
+            stretches = self._told(seat, self._store.apply(seat.row, plan))
             n_restored = self._restore(seat, plan, match, tokens, stretches)
         finally:
             self._snapshots.let_go(match, plan, n_restored)

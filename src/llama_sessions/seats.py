@@ -21,6 +21,7 @@ from .kv.store import RowStore
 from .layout import Layout
 from .prompts import Conversation, Said
 from .render import Rendered
+from .report import Stretch
 from .session import Session, check_session
 from .types import FloatArray, Message
 
@@ -55,12 +56,16 @@ class Prompt:
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """What a manager keeps for one session that has a slot: its row, and which prompt it is to hold."""
+    """What a manager keeps for one session that has a slot: its row, and which prompt it is to hold.
+
+    `back`: where the tokens of a row came from that was brought back as it was, until the next report tells it.
+    """
 
     row: Row
     finalizer: Any
     n_begun: int = 0  # which `begin` is the last one; an older Pending is void
     prompt: Prompt = Prompt()
+    back: tuple[Stretch, ...] = ()
     pending: weakref.ref[Any] | None = None  # the `Pending` of that prompt, while somebody has it
     last_used: float = field(default_factory=time.monotonic)
     logits: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))

@@ -18,7 +18,7 @@ from .store import Feed, RowStore
 
 if TYPE_CHECKING:
     from .blobs import BlobPart
-    from .cache import KvMatch, RadixCache
+    from .cache import Inserted, KvMatch, RadixCache
     from .segments import SegmentLayout
 
 logger = logging.getLogger("llama_sessions")
@@ -163,6 +163,10 @@ class Snapshots:
             self._holds = False
             self._count(match, n_restored, plan.n_tokens - plan.n_live - n_restored)
 
+    def count_hits(self, n_tokens: int) -> None:
+        """Of a prompt that took them from what was kept for its row alone."""
+        self._count(self.nothing, n_tokens, 0)
+
     def _mend_locks(self) -> None:
         """Undo those that an interrupt left. Only where nobody is in the middle of a hold or a save."""
         if self._cache is not None and (self._holds or self._saves):
@@ -253,8 +257,14 @@ class Snapshots:
                 self._no_room.say(logger, text, row.n, inserted.refused)
             else:
                 logger.debug(text, row.n, inserted.refused)
-        self._take_stock()
+        self._note(inserted)
         return inserted.n_tokens
+
+    def _note(self, inserted: Inserted) -> None:
+        """After a save: the stock, and the rows that nobody can compute again and that went for it."""
+        self._take_stock()
+        if inserted.lost:
+            logger.warning("%d parked rows are decoded anew when they return: the cache is full", len(inserted.lost))
 
     # -- what one row alone has
 
@@ -272,11 +282,9 @@ class Snapshots:
         except SnapshotError as e:
             logger.warning("%d tokens of KV could not be saved: %s", row.n, e)
             return False
-        self._take_stock()
+        self._note(inserted)
         if inserted.refused:
             logger.warning("a row of %d tokens is not kept as it is: %s", row.n, inserted.refused)
-        if inserted.lost:
-            logger.warning("%d parked rows are decoded anew when they return: the cache is full", len(inserted.lost))
         return not inserted.refused
 
     def has_private(self, owner: int) -> bool:

@@ -332,6 +332,22 @@ def test_stateless_calls_of_several_conversations_find_their_own(load: Loader) -
     assert cm.stats().n_sessions == 2
 
 
+def test_more_conversations_than_slots_are_all_found_again(load: Loader) -> None:
+    """With the ids of their replies, which the tokenizer would not choose."""
+    cm = load(n_ctx=2048, max_sessions=2)
+    engine, spelled = Engine(cm), ids_of(cm, "the cat", by_byte=True)
+    assert len(ids_of(cm, "the cat")) < len(spelled)
+    talks: list[list[dict[str, Any]]] = [[{"role": "user", "content": f"I am number {i}."}] for i in range(5)]
+    n_held = [0] * 5
+    for turn in range(3):
+        for i, messages in enumerate(talks):
+            reply = reply_of(script(engine.stream(messages=messages), spelled))
+            assert turn == 0 or reply.n_decoded == reply.n_prompt - n_held[i]
+            n_held[i] = reply.n_prompt + len(spelled)
+            messages += [{"role": "assistant", "content": reply.text}, {"role": "user", "content": f"Then {turn}?"}]
+    assert cm.stats().n_sessions == 2
+
+
 def test_a_stateless_call_with_another_past_leaves_the_known_one_alone(load: Loader) -> None:
     cm = load(n_ctx=2048)
     engine = Engine(cm)
@@ -379,7 +395,8 @@ def test_a_stream_that_ends_in_the_middle_of_the_search_for_a_session_does_not_h
     stream = engine.stream(messages=history(5), max_tokens=9)
     next(stream)
     conversations = engine._conversations
-    conversations._free_a_slot = stream.close  # type: ignore[method-assign]
+    collect = conversations._collect
+    conversations._collect = lambda: (stream.close(), collect())  # type: ignore[assignment, func-returns-value]
     thread = threading.Thread(target=lambda: engine.stream(messages=[{"role": "user", "content": "x"}]), daemon=True)
     thread.start()
     thread.join(10)

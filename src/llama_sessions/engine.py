@@ -29,7 +29,7 @@ class Engine:
         if not isinstance(cm, ContextManager):
             raise OptionError(f"Engine takes a ContextManager, not {cm!r}")
         self.cm = cm
-        self._conversations = Conversations(cm)
+        self._conversations = Conversations()
 
     def stream(
         self,

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import OptionError
-from .manager import ContextManager
 from .messages import check_message
 from .session import Session
 from .types import Message
@@ -23,8 +22,7 @@ class Conversations:
     A session belongs to one call at a time: `take` hands it out, and nobody else finds it until it is given back.
     """
 
-    def __init__(self, cm: ContextManager) -> None:
-        self._cm = cm
+    def __init__(self) -> None:
         self._sessions: list[Session] = []
         self._given_back: deque[Session] = deque()
         self._lock = threading.Lock()
@@ -43,7 +41,9 @@ class Conversations:
 
     def take(self, asking: Session) -> Session:
         """A session that says what `asking` says: the one that shares most of its messages, if it differs in its last
-        turn at most, else `asking` itself (which shares the cells of what it begins with). A slot is freed if need be.
+        turn at most, else `asking` itself (which shares the cells of what it begins with).
+
+        More of them than slots are known: those that wait longest are parked like any idle session.
         """
         wanted, tools = asking.messages, asking.tools
         n_rules = next((i for i, m in enumerate(wanted) if m["role"] != "system"), len(wanted))
@@ -55,7 +55,6 @@ class Conversations:
                 if n > n_best and n >= len(session.messages) - _LAST_TURN and session.tools == tools:
                     best, n_best = session, n
             if best is None:
-                self._free_a_slot()
                 return asking
             self._sessions.remove(best)
         best.messages[n_best:] = wanted[n_best:]
@@ -71,10 +70,6 @@ class Conversations:
         while self._given_back:
             self._sessions.append(self._given_back.popleft())
         del self._sessions[:-_MOST]
-
-    def _free_a_slot(self) -> None:
-        if not self._cm.slots.n_free and self._sessions:
-            self._cm.release(self._sessions.pop(0))
 
 
 def _flat(message: Any) -> Any:

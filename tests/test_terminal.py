@@ -10,31 +10,42 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scripted import only_text
+from test_reasoning import OPENS
 
 from llama_sessions import ContextManager
-from llama_sessions.terminal import Terminal
+from llama_sessions.terminal import _DIM, _PLAIN, Terminal
 
 Loader = Callable[..., ContextManager]
 
 
-def talk(cm: ContextManager, *lines: str, **options: Any) -> str:
-    """What the terminal prints when these lines are typed."""
-    typed: Iterator[str] = iter(lines)
+def typing(*lines: str) -> Callable[[str], str]:
+    """Lines for a terminal to ask for, then the end."""
+    left = iter(lines)
 
     def ask(prompt: str) -> str:
-        line = next(typed, None)
+        line = next(left, None)
         if line is None:
             raise EOFError
+        return line
+
+    return ask
+
+
+def talk(cm: ContextManager, *lines: str, **options: Any) -> str:
+    """What the terminal prints when these lines are typed."""
+    out, next_line = io.StringIO(), typing(*lines)
+
+    def ask(prompt: str) -> str:
+        line = next_line(prompt)
         out.write(f"{prompt}{line}\n")
         return line
 
-    out = io.StringIO()
     Terminal(cm, ask, out, **{"max_tokens": 6, "temperature": 0.0, **options}).run()
     return out.getvalue()
 
@@ -120,6 +131,21 @@ def test_from_a_pipe_it_answers_and_ends() -> None:
     assert "\033" not in done.stdout
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_the_terminal_cannot_spell_does_not_end_it(encoding: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_sessions", "chat", "--preset", "fast"],
+        input=b'caf\xe9\n\xff\xfe\n"""\nMy name is\nMarelo.\n"""\n/help\n',
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b" said]") == 3
+    assert b"/switch N" in done.stdout
+
+
 def test_ctrl_c_stops_a_reply_and_not_the_program(tmp_path: Path) -> None:
     from models import model_path
 
@@ -177,7 +203,7 @@ def test_info_tells_what_a_model_can_do() -> None:
     )
     assert done.returncode == 0, done.stderr
     for text in (
-        "tiny-chat (llama 1.8M F16)",
+        "tiny-chat",
         "memory     full",
         "bytes a token",
         "shifting   allowed",
@@ -229,18 +255,27 @@ class Screen(io.StringIO):
         return True
 
 
+def test_a_thinking_that_is_stopped_leaves_nothing_dim(load: Loader) -> None:
+    """Neither what is said of it nor the next line."""
+
+    class Stopped(Screen):
+        presses = iter([KeyboardInterrupt])
+
+        def write(self, text: str) -> int:
+            if self.getvalue().endswith(_DIM):
+                for press in self.presses:
+                    raise press
+            return super().write(text)
+
+    cm, out = load(chat_template=OPENS), Stopped()
+    Terminal(cm, typing("hi", "/help"), out, max_tokens=6, logit_bias=only_text(cm)).run()
+    assert f"{_DIM}{_PLAIN}\n(stopped)\n" in out.getvalue()
+
+
 @pytest.mark.parametrize("n_words", [20, 600])
 def test_a_long_prompt_shows_its_progress_on_a_terminal_and_clears_it(load: Loader, n_words: int) -> None:
     cm, out = load(n_ctx=2048), Screen()
-    lines = iter(["word " * n_words])
-
-    def ask(prompt: str) -> str:
-        line = next(lines, None)
-        if line is None:
-            raise EOFError
-        return line
-
-    Terminal(cm, ask, out, max_tokens=2, logit_bias=only_text(cm)).run()
+    Terminal(cm, typing("word " * n_words), out, max_tokens=2, logit_bias=only_text(cm)).run()
     text = out.getvalue()
     assert ("reading" in text) == (n_words > 256)
     assert text.count("\r\033[K") == (1 if n_words > 256 else 0)  # cleared once, before the reply

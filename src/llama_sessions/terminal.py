@@ -107,17 +107,19 @@ class Terminal:
 
     def _reply(self, start: Callable[[], Any]) -> None:
         kind = "content"
-        with start() as stream:
-            for chunk in stream:
-                if chunk.kind != kind and chunk.text:
-                    if self._in_colour:
-                        self._say(_DIM if chunk.kind == "thinking" else _PLAIN, end="")
-                    if kind == "thinking":
-                        self._say("\n")
-                    kind = chunk.kind
-                self._say(chunk.text, end="")
-        if self._in_colour:
-            self._say(_PLAIN, end="")
+        try:
+            with start() as stream:
+                for chunk in stream:
+                    if chunk.kind != kind and chunk.text:
+                        if self._in_colour:
+                            self._say(_DIM if chunk.kind == "thinking" else _PLAIN, end="")
+                        if kind == "thinking":
+                            self._say("\n")
+                        kind = chunk.kind
+                    self._say(chunk.text, end="")
+        finally:  # a thinking that is stopped must not leave the terminal dim
+            if self._in_colour:
+                self._say(_PLAIN, end="")
         reply = stream.reply
         cost = ""
         if reply is not None:

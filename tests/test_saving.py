@@ -184,6 +184,13 @@ def test_trust_and_raw_text_are_saved() -> None:
     assert again.replies()[1].trusted  # type: ignore[union-attr]
 
 
+def nested(n: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(n):
+        found = [found]
+    return found
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -193,6 +200,7 @@ def test_trust_and_raw_text_are_saved() -> None:
         (lambda d: d | {"version": "1"}, "must be an integer"),
         (lambda d: d | {"messages": 7}, "'messages' must be a list"),
         (lambda d: d | {"messages": [{"role": "boss", "content": ""}]}, "message 0 has the role 'boss'"),
+        (lambda d: d | {"messages": nested(5000)}, "nested too deep"),
         (lambda d: d | {"system": 7}, "system must be text"),
         (lambda d: d | {"raw": 7}, "raw must be True or False"),
         (lambda d: d | {"replies": [7]}, "reply 0 must be a dict"),

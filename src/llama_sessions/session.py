@@ -301,7 +301,10 @@ class Session:
         version = checked_int("the version of a saved session", data["version"], 1)
         if version > _VERSION:
             raise OptionError(f"the session was saved in version {version}; this one reads up to {_VERSION}: upgrade")
-        data = copy.deepcopy(dict(data))
+        try:
+            data = copy.deepcopy(dict(data))
+        except RecursionError:
+            raise OptionError("the saved session is nested too deep: to_dict wrote no such thing") from None
         self = cls(data.get("system"), data.get("namespace"), data.get("tools"), data.get("template_kwargs"))
         self._raw = checked_bool("raw", data.get("raw", False))
         messages = checked_list("'messages'", data["messages"])

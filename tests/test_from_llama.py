@@ -137,6 +137,20 @@ def test_wrong_arguments_are_refused(llm: llama_cpp.Llama, given: Any, options: 
         ContextManager.from_llama(given or llm, **options)
 
 
+def test_what_sessions_go_without_is_said(llm: llama_cpp.Llama, caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, Any] = {"n_ctx": 256, "n_threads": 1}
+    with caplog.at_level("WARNING", "llama_sessions"):
+        ContextManager.from_llama(llm, **settings).close()
+        assert caplog.text == ""
+        llm.lora_path = "tuned.gguf"
+        ContextManager.from_llama(llm, **settings).close()
+        assert "own context: LoRA tuned.gguf\n" in caplog.text
+        path = str(model_path("llama-bpe"))
+        stretched = llama_cpp.Llama(path, rope_freq_base=1e6, rope_freq_scale=0.5, verbose=False, **settings)
+        ContextManager.from_llama(stretched, **settings).close()
+        assert "own context: rope_freq_base, rope_freq_scale\n" in caplog.text
+
+
 def test_a_llama_without_weights_is_refused() -> None:
     llm = llama_cpp.Llama(str(model_path("llama-bpe")), vocab_only=True, verbose=False)
     with pytest.raises(ModelError, match="it has no weights"):

@@ -17,6 +17,8 @@ from . import log
 from .template import CHATML, ChatTemplate
 from .vocab import LlamaVocab
 
+# Settings of a context that change what the model says, and what `Llama` sets where nobody asks for them.
+_ROPE = {"rope_scaling_type": -1, "rope_freq_base": 0.0, "rope_freq_scale": 0.0, "yarn_ext_factor": -1.0}
 _N_SAMPLED = 512  # tokens whose text goes into a fingerprint
 
 
@@ -92,10 +94,10 @@ class Model:
             raise OptionError("the Llama is closed; load it again")
         if llm.model_params.vocab_only:  # llama.cpp asserts as soon as such a model is asked about its layers
             raise ModelError(f"{llm.model_path} cannot chat: it has no weights (vocab_only=True); load it with them")
-        if llm.lora_path is not None:
-            log.logger.warning(
-                "the LoRA of the Llama (%s) belongs to its own context; sessions go without", llm.lora_path
-            )
+        own = [] if llm.lora_path is None else [f"LoRA {llm.lora_path}"]
+        own += [name for name, default in _ROPE.items() if getattr(llm.context_params, name) != default]
+        if own:
+            log.logger.warning("sessions go without what belongs to the Llama's own context: %s", ", ".join(own))
         log.install()
         model = cls(llm.model, owned=False, name=str(llm.model_path), lender=llm)
         model._check_it_can_chat()
@@ -149,13 +151,10 @@ class Model:
 
     @property
     def description(self) -> str:
-        """Its name, if it has one, and llama.cpp's description: `tiny-chat (llama 1.8M F16)`."""
+        """Its name, if it has one, and llama.cpp's description: `tiny-chat (llama ?B F16)`."""
         buffer = ctypes.create_string_buffer(256)
         llama_cpp.llama_model_desc(self.handle, buffer, 256)
         described, name = buffer.value.decode("utf-8", "replace"), self.meta("general.name")
-        # llama.cpp knows the sizes of models that were published, and calls all others "?B".
-        n = int(llama_cpp.llama_model_n_params(self.handle))
-        described = described.replace("?B", f"{n / 1e6:.1f}M" if n < 1e9 else f"{n / 1e9:.1f}B")
         return f"{name} ({described})" if name else described
 
     @cached_property

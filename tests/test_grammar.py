@@ -6,7 +6,9 @@ import copy
 import json
 import logging
 import math
+import re
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -365,6 +367,8 @@ BAD = [
     ({"properties": {}, "required": ["a"], "additionalProperties": False}, "#/required: 'a' is no property"),
     ({"enum": []}, "#/enum: must be a list with something in it"),
     ({"enum": 5}, "#/enum: must be a list with something in it"),
+    ({"type": "string", "enum": [1, None]}, '#/enum: no value of the type "string": nothing meets it'),
+    ({"type": ["integer", "null"], "const": True}, '#/const: no value of the type ["integer", "null"]: nothing'),
     ({"anyOf": []}, "#/anyOf: must be a list with something in it"),
     ({"oneOf": {}}, "#/oneOf: must be a list with something in it"),
     ({"anyOf": [{"type": "x"}]}, '#/anyOf/0/type: "x" is none of'),
@@ -391,6 +395,11 @@ BAD = [
     ({"type": "string", "pattern": "^a{3,2}$"}, "{3,2} is out of order"),
     ({"type": "string", "pattern": "^a{3000000000}$"}, "above 2000"),
     ({"type": "string", "pattern": "^a)(b$"}, "parentheses do not match"),
+    ({"type": "string", "pattern": "^a{3$"}, "it has a { without a }"),
+    ({"type": "string", "pattern": "^a+*$"}, "* stands behind a quantifier"),
+    ({"type": "string", "pattern": "^a{2}{3}$"}, "{ stands behind a quantifier"),
+    ({"type": "string", "pattern": "^[]a]$"}, "a class that is empty, or begins with ]"),
+    ({"type": "string", "pattern": "^[^]a]$"}, "a class that is empty, or begins with ]"),
     ({"$ref": "#"}, "#: the $ref leads back to itself"),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "leads back to itself"),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}, "may begin with itself"),
@@ -492,6 +501,25 @@ def test_an_empty_schema_is_an_object_at_the_root_and_anything_below() -> None:
     assert plain.root["properties"] == {name: {"type": "value"} for name in "abc"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "allowed"),
+    [
+        ("string", ["a"]),
+        ("number", [1, 2.0, 2.5]),
+        ("integer", [1, 2.0]),
+        ("boolean", [True]),
+        ("null", [None]),
+        ("array", [[1]]),
+        ("object", [{}]),
+        (["integer", "null"], [1, 2.0, None]),
+    ],
+)
+def test_of_the_values_only_those_of_the_type_are_left(kind: Any, allowed: list[Any]) -> None:
+    values = ["a", 1, 2.0, 2.5, True, None, [1], {}]
+    root = plain_schema(schema_text({"type": kind, "enum": values})).root
+    assert json.dumps(root) == json.dumps({"enum": allowed})
+
+
 def test_two_definitions_of_one_name_are_not_taken_for_each_other() -> None:
     schema = {
         "properties": {"a": {"enum": ["first"]}, "b": {"$ref": "#/$defs/a"}, "c": {"$ref": "#/$defs/more/a"}},
@@ -543,6 +571,44 @@ def test_of_many_values_each_is_taken_and_nothing_else(vocab: LlamaVocab) -> Non
     others = {text[:i] for text in texts for i in range(len(text))} | {text + more for text in texts for more in '01"]'}
     for text in others - texts:
         assert not takes(grammars.new(gbnf), vocab, text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "texts", "others"),
+    [
+        ("^a]$", ["a]"], ["a", "a]]"]),
+        ("^}+$", ["}", "}}"], ["", "{"]),
+        ("^[ab[]]$", ["a]", "[]"], ["a", "]"]),
+        ("^[a-c]+?$", ["a", "abc"], ["", "abcd"]),
+        ("^(ab|c)*?d??$", ["", "abcd", "d"], ["a", "dd"]),
+        ("^x{2,3}?$", ["xx", "xxx"], ["", "x", "xxxx"]),
+    ],
+)
+def test_a_pattern_takes_what_it_matches_and_nothing_else(
+    vocab: LlamaVocab, pattern: str, texts: list[str], others: list[str]
+) -> None:
+    """Also where the converter would look at a bracket for ever, or take a lazy quantifier for an optional one."""
+    grammars, gbnf = Grammars(vocab), gbnf_of_schema({"type": "string", "pattern": pattern})
+    for text in [*texts, *others]:
+        assert (re.search(pattern, text) is not None) == (text in texts)
+        assert takes(grammars.new(gbnf), vocab, f'"{text}"') == (text in texts)
+
+
+@pytest.mark.parametrize("inner", [{"type": "null"}, {"properties": {"": {"type": "null"}}, "required": [""]}])
+def test_a_property_without_a_name_is_one_like_any_other(vocab: LlamaVocab, inner: Any) -> None:
+    grammars, gbnf = Grammars(vocab), gbnf_of_schema({"properties": {"": inner}, "required": [""]})
+    text = "null" if inner == {"type": "null"} else '{"": null}'
+    assert takes(grammars.new(gbnf), vocab, f'{{"": {text}}}')
+    assert not takes(grammars.new(gbnf), vocab, text)
+
+
+def test_thousands_of_definitions_take_no_time() -> None:
+    """Of processor time: each is looked for in the schema, and not in the schema's text."""
+    definitions = {f"d{i}": {"properties": {"v": {"enum": [i]}}} for i in range(3000)}
+    schema = {"prefixItems": [{"$ref": f"#/$defs/{name}"} for name in definitions], "$defs": definitions}
+    started = time.thread_time()
+    plain_schema(schema_text(schema))
+    assert time.thread_time() - started < 2
 
 
 def test_there_may_be_many_thousand_values(vocab: LlamaVocab) -> None:

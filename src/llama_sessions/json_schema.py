@@ -19,6 +19,9 @@ ANYTHING: Schema = {"type": "value"}  # a rule of the converter's; no type of JS
 MAX_LENGTH = 2000  # llama.cpp's limit of repeats
 _MAX_NESTING = 100
 _TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
+_PYTHON_TYPES: dict[str, Any] = {
+    "string": str, "number": (int, float), "boolean": bool, "null": type(None), "array": list, "object": dict
+}  # fmt: skip
 _FORMATS = frozenset(["date", "time", "date-time", "uuid", "uuid1", "uuid2", "uuid3", "uuid4", "uuid5"])
 _OF_STRINGS = frozenset(["pattern", "format", "minLength", "maxLength"])
 _OF_NUMBERS = frozenset(["multipleOf", "maximum", "exclusiveMaximum", "minimum", "exclusiveMinimum"])
@@ -79,8 +82,12 @@ class _Walk:
     names: dict[tuple[str, ...], str] = field(default_factory=dict)  # of what is referred to
     waiting: list[tuple[str, Any, str]] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    prefix: str = "def"  # of the names of what is referred to
 
     def all(self) -> PlainSchema:
+        text = json.dumps(self.root)
+        while f'"{self.prefix}' in text:
+            self.prefix += "f"
         # An empty schema is any JSON; at the root the converter makes it an object, as llama-cpp-python's JSON mode.
         root = self.visit(self.root, "#") if _CONSTRAINTS & self.root.keys() else {}
         definitions: dict[str, Schema] = {}
@@ -126,10 +133,11 @@ class _Walk:
                 }
         if "const" in given:
             self.ignore(schema, place, "const type")
-            return {"const": schema["const"]}
+            return {"const": self.of_kind([schema["const"]], kind, f"{place}/const")[0]}
         if "enum" in given:
             self.ignore(schema, place, "enum type")
-            return {"enum": [value for _, value in self.listed(schema, "enum", place)]}
+            values = [value for _, value in self.listed(schema, "enum", place)]
+            return {"enum": self.of_kind(values, kind, f"{place}/enum")}
         if isinstance(kind, list):
             return {"anyOf": [self.visit(_of_type(schema, one), place, depth) for one in kind]}
         if "allOf" in given and kind in (None, "object"):
@@ -152,6 +160,14 @@ class _Walk:
         if kind == []:
             self.fail(f"{place}/type", "an empty list: nothing meets it")
         return kind
+
+    def of_kind(self, values: list[Any], kind: str | list[str] | None, place: str) -> list[Any]:
+        """Those of some values that a type (or one of several) allows."""
+        kinds = [kind] if isinstance(kind, str) else kind
+        allowed = [value for value in values if kinds is None or any(_is_a(value, one) for one in kinds)]
+        if not allowed:
+            self.fail(place, f"no value of the type {json.dumps(kind)}: nothing meets it")
+        return allowed
 
     def listed(self, schema: Schema, key: str, place: str) -> list[tuple[int, Any]]:
         """The items of a list that must have some, numbered."""
@@ -201,15 +217,9 @@ class _Walk:
         """The name of a definition. No property's rule has such a name: the converter would take one for the other."""
         pointer, target = self.find(ref, place)
         if pointer not in self.names:
-            self.names[pointer] = f"{self.prefix()}{len(self.names)}-"
+            self.names[pointer] = f"{self.prefix}{len(self.names)}-"
             self.waiting.append((self.names[pointer], target, "/".join(("#", *pointer))))
         return self.names[pointer]
-
-    def prefix(self) -> str:
-        text, prefix = json.dumps(self.root), "def"
-        while f'"{prefix}' in text:
-            prefix += "f"
-        return prefix
 
     # -- one type each
 
@@ -301,3 +311,10 @@ def _of_type(schema: Schema, kind: str) -> Schema:
     """A schema of several types as one of them: without the keywords that say nothing about it."""
     foreign = _OF_ONE_TYPE - _KEYWORDS.get(kind, frozenset())
     return {**{key: value for key, value in schema.items() if key not in foreign}, "type": kind}
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    """Whether a JSON value is of a type. 1.0 is an integer, true is no number."""
+    if kind == "integer":
+        return _is_a(value, "number") and value == int(value)
+    return isinstance(value, _PYTHON_TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))

@@ -75,8 +75,11 @@ class _Converter(SchemaConverter):  # type: ignore[misc]
     def __init__(self, definitions: dict[str, Any], *, raw_pattern: bool = False) -> None:
         super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=raw_pattern)
         self._refs = definitions
+        self._is_within = False
 
     def visit(self, schema: dict[str, Any], name: str) -> Any:
+        name = name or ("unnamed" if self._is_within else "")  # a property "" would replace the root
+        self._is_within = True
         own = f"{name}-" if name in RESERVED_NAMES else name or "root"
         if schema.get("type") == "string" and "minLength" in schema:
             # Its own way is a nested group for each character, of which llama.cpp takes 1000.
@@ -167,14 +170,24 @@ def _plain_pattern(pattern: str) -> str:
             depth += 1 if char == "(" else -1
         if depth < 0:
             break
-        if char == "{" and not in_class:
-            _check_quantifier(inner[i:].partition("}")[0])
+        if char in "*+?{" and not in_class:
+            if char == "{":
+                inside, closed, _ = inner[i:].partition("}")
+                _check_quantifier(inside, closed)
+                char, i = f"{{{inside}}}", i + len(inside) + 1
+            i += inner.startswith("?", i)  # that a match should be short is no matter to who writes one
+            if inner[i : i + 1] in ("*", "+", "?", "{"):
+                raise ValueError(f"{inner[i]} stands behind a quantifier")
+        elif char in "]}" and not in_class:
+            char = f"[\\x{ord(char):02X}]"  # the converter would look at it for ever
         found += char
         if char == "[" and not in_class:
             in_class = True
             if following == "^":
                 found += "^" + _FORBIDDEN_IN_CLASS
                 i += 1
+            if inner.startswith("]", i):
+                raise ValueError("it has a class that is empty, or begins with ]")
         elif char == "]":
             in_class = False
     if depth:
@@ -182,8 +195,10 @@ def _plain_pattern(pattern: str) -> str:
     return f"^({found})$"
 
 
-def _check_quantifier(inside: str) -> None:
+def _check_quantifier(inside: str, closed: str) -> None:
     """Of `{m}`, `{m,}` or `{m,n}`, which the converter writes out."""
+    if not closed:
+        raise ValueError("it has a { without a }")
     low, _, high = (part.strip() for part in inside.partition(","))
     bounds = [int(bound) for bound in (low, high) if bound]  # raises ValueError itself
     if not bounds or max(bounds) > MAX_LENGTH or bounds[0] > bounds[-1]:

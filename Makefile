@@ -24,13 +24,13 @@ test: $(VENV)/.tools
 $(VENV)/.runtime: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "llama-sessions needs Python 3.10 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
-	  { echo "python3 cannot make a virtual environment; install it: apt-get install python3-venv"; exit 1; }
 	@if ! $(BIN)/python -c 'import llama_cpp' 2>/dev/null; then \
 	  command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 	    { echo "llama.cpp has to be compiled and no C++ compiler was found; install one: apt-get install g++ (macOS: xcode-select --install)"; exit 1; }; \
 	  echo "Installing. llama.cpp will be compiled now, once: about 7 minutes on two cores, less on more."; \
 	fi
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "python3 cannot make a virtual environment; install it: apt-get install python3-venv"; exit 1; }
 	@$(PIP) install -e .
 	@touch $@
 

@@ -26,6 +26,7 @@ from llama_sessions import (
     ModelError,
     NoFreeSlot,
     OptionError,
+    Pool,
     RadixOptions,
     Session,
     TemplateError,
@@ -678,6 +679,26 @@ def test_an_on_progress_that_misbehaves_hurts_its_own_call_at_most(cm: ContextMa
     cm.prepare(session)
     if session.messages:
         oracle_for(model_path("llama-bpe")).assert_exact(cm.logits(session), cm.tokens(session))
+
+
+@pytest.mark.parametrize("name", ["before_encode", "on_progress", "sink_fn"])
+def test_a_hook_that_raises_stop_iteration_ends_no_reply_without_a_word(cm: ContextManager, name: str) -> None:
+    session, engine = said("Hello"), Engine(cm)
+    session.add_assistant("Hi.")
+    cm.set_hook(name, lambda *args: next(iter([])))
+    for call in (
+        lambda: engine.chat(session, "x"),
+        lambda: list(engine.stream(session, "x")),
+        lambda: cm.prepare(session),
+    ):
+        with pytest.raises(RuntimeError, match="raised StopIteration"):
+            call()
+        assert len(session.messages) == 2
+    with Pool(cm) as pool, pytest.raises(RuntimeError, match="raised StopIteration"):
+        list(pool.submit(session, "x"))
+    cm.clear_hook(name)
+    assert len(session.messages) == 2
+    assert works(cm)
 
 
 def test_sampling_at_the_ends_of_what_floats_hold_never_aborts() -> None:

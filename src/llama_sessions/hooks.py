@@ -10,11 +10,20 @@ from typing import Any
 
 from .errors import OptionError
 from .messages import check_message
-from .options import checked_int
+from .options import checked_int, function_name
 from .session import Session
 from .types import Message
 
 NAMES = ("before_encode", "on_evict", "sink_fn", "on_progress")
+
+
+def _asked(hook: Callable[..., Any], *args: object) -> Any:
+    """What a hook says. A StopIteration of its own would end whoever iterates over a reply without a word: it becomes a
+    RuntimeError, as in Python's generators."""
+    try:
+        return hook(*args)
+    except StopIteration as e:
+        raise RuntimeError(f"the hook {function_name(hook)} raised StopIteration") from e
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +74,7 @@ class Hooks:
         if hook is None:
             return [(m, m) for m in messages]
         copies = [dict(m) for m in messages]
-        changed = hook(list(copies), session)
+        changed = _asked(hook, list(copies), session)
         if changed is None:
             return [(m, m) for m in messages]
         if not isinstance(changed, list | tuple):
@@ -80,7 +89,7 @@ class Hooks:
     def n_sink(self, session: Session, default: int, most: int) -> int:
         """Tokens behind the system text that an eviction leaves in the row."""
         hook = self._hooks.get("sink_fn")
-        return default if hook is None else checked_int("what the sink_fn hook returns", hook(session), 0, most)
+        return default if hook is None else checked_int("what the sink_fn hook returns", _asked(hook, session), 0, most)
 
     def on_evict(self, dropped: Sequence[Message], session: Session, known: Sequence[Answer] = ()) -> Answer:
         """What is to stand for the messages that go: what it is `known` to have answered, else what it answers now. The
@@ -91,7 +100,7 @@ class Hooks:
             return answer
         self._evicting.now = True
         try:
-            replacements = hook(list(dropped), session)
+            replacements = _asked(hook, list(dropped), session)
         finally:
             self._evicting.now = False
         if replacements is None:
@@ -109,7 +118,7 @@ class Hooks:
     def on_progress(self, done: int, total: int, session: Session) -> bool:
         """Whether to go on; only False itself says no."""
         hook = self._hooks.get("on_progress")
-        return hook is None or hook(done, total, session) is not False
+        return hook is None or _asked(hook, done, total, session) is not False
 
     @property
     def watches_progress(self) -> bool:

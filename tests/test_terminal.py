@@ -235,6 +235,13 @@ def test_info_says_what_becomes_of_long_conversations(
     assert re.search(rf"^eviction   {says}", "\n".join(describe(load(recipe, **options))), re.MULTILINE)
 
 
+@pytest.mark.parametrize(("recipe", "says"), [("llama-bpe", "256"), ("gemma3", "1,536"), ("mamba", "0")])
+def test_info_says_what_a_token_takes(load: Loader, recipe: str, says: str) -> None:
+    from llama_sessions.info import describe
+
+    assert f"\nKV         {says} bytes a token" in "\n".join(describe(load(recipe)))
+
+
 REFUSES = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.role + ': ' }}"
     "{{ m.content.split('</think>')[-1] + '\n' }}{% endfor %}"
@@ -279,3 +286,21 @@ def test_a_long_prompt_shows_its_progress_on_a_terminal_and_clears_it(load: Load
     text = out.getvalue()
     assert ("reading" in text) == (n_words > 256)
     assert text.count("\r\033[K") == (1 if n_words > 256 else 0)  # cleared once, before the reply
+
+
+def test_a_long_prompt_that_is_stopped_leaves_its_progress_to_no_other(load: Loader) -> None:
+    class Stopped(Screen):
+        presses = iter([KeyboardInterrupt])
+
+        def write(self, text: str) -> int:
+            if "reading 256" in text:
+                for press in self.presses:
+                    raise press
+            return super().write(text)
+
+    cm, out = load(n_ctx=2048), Stopped()
+    Terminal(cm, typing("word " * 600, "hi"), out, max_tokens=2, logit_bias=only_text(cm)).run()
+    stopped, answered = out.getvalue().split("(stopped)")
+    assert "reading 0 of" in stopped
+    assert "reading" not in answered
+    assert "said]" in answered

@@ -53,6 +53,8 @@ def _sizes(caps: Capabilities) -> Iterator[str]:
     if caps.kv_bytes_per_token:
         whole = caps.kv_bytes_per_token * caps.n_ctx / 2**20
         yield f"KV         {caps.kv_bytes_per_token:,} bytes a token, {whole:,.0f} MiB for the whole context"
+    else:
+        yield "KV         0 bytes a token: a session is a state of one size, however long it is"
 
 
 def template_warnings(cm: ContextManager) -> Iterator[str]:

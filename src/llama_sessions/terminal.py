@@ -117,7 +117,8 @@ class Terminal:
                             self._say("\n")
                         kind = chunk.kind
                     self._say(chunk.text, end="")
-        finally:  # a thinking that is stopped must not leave the terminal dim
+        finally:  # a thinking that is stopped must not leave the terminal dim, nor a prompt its progress to the next
+            self._shows_progress = False
             if self._in_colour:
                 self._say(_PLAIN, end="")
         reply = stream.reply
@@ -146,7 +147,7 @@ class Terminal:
         self._say(f"session {self._at + 1}, with the past of the one before")
 
     def _switch(self, number: str) -> None:
-        if number.isdigit() and 1 <= int(number) <= len(self._sessions):
+        if number.isdecimal() and 1 <= int(number) <= len(self._sessions):
             self._at = int(number) - 1
         for i, session in enumerate(self._sessions):
             last = (session.messages[-1].get("content") or "") if session.messages else "nothing said yet"

@@ -13,7 +13,7 @@ import pytest
 from models import model_path
 from oracle import oracle_for
 from scripted import ids_of, only_text, reply_of, script, scripted
-from test_reasoning import CALL
+from test_reasoning import CALL, STRIPS
 
 from llama_sessions import (
     PRESETS,
@@ -742,6 +742,29 @@ def test_two_stateless_streams_at_once_never_share_a_session(load: Loader) -> No
         pass
     sessions = [stream._generation.session for stream in streams]
     assert [asked(session) for session in sessions] == [["I am Ann."], ["I am Ben."]]
+
+
+def test_of_two_stateless_calls_at_once_that_go_on_alike_one_begins_anew(load: Loader) -> None:
+    engine = Engine(load(n_ctx=2048))
+    engine.chat(messages=history(1), max_tokens=2)
+    streams = [engine.stream(messages=history(3), max_tokens=4) for _ in range(2)]
+    for _ in zip(*streams, strict=False):
+        pass
+    replies = [reply_of(stream) if stream.reply is None else stream.reply for stream in streams]
+    assert all(reply.n_generated for reply in replies)
+    assert streams[0]._generation.session is not streams[1]._generation.session
+
+
+def test_a_conversation_is_found_again_by_who_brings_no_reasoning(load: Loader) -> None:
+    engine = Engine(load(chat_template=STRIPS))
+    first = engine.stream(messages=history(1))
+    reply = reply_of(script(first, ids_of(engine.cm, "<think>hm</think>It is so.")))
+    assert (reply.thinking, reply.text) == ("hm", "It is so.")
+    said = {"role": "assistant", "content": reply.text}
+    again = engine.stream(messages=[*history(1), said, {"role": "user", "content": "And?"}], max_tokens=2)
+    list(again)
+    assert again._generation.session is first._generation.session
+    assert first._generation.session.messages[1]["reasoning_content"] == "hm"
 
 
 def test_stateless_calls_from_threads_answer_their_own_messages(load: Loader) -> None:

@@ -945,6 +945,7 @@ def test_on_progress_returning_false_gives_a_cancelled_reply(load: Loader, at: i
     assert (chunk.text, chunk.token) == ("", None)
     assert chunk.reply is not None
     assert (chunk.reply.stop_reason, chunk.reply.text, chunk.reply.tokens) == ("cancelled", "", ())
+    assert (chunk.reply.n_reused, chunk.reply.n_decoded) == (0, at)
     assert session.messages == []
     assert len(cm.tokens(session)) == at
     cm.clear_hook("on_progress")

@@ -388,7 +388,8 @@ BAD = [
     ({"type": "string", "pattern": "^*a$"}, "cannot be converted"),
     ({"type": "string", "pattern": "^\\s$"}, "it has the escape \\s"),
     ({"type": "string", "pattern": "^[ -~]$"}, "lets '\"' through"),
-    ({"type": "string", "pattern": '^a"$'}, "'^a\"$'"),
+    ({"type": "string", "pattern": '^a"$'}, "lets '\"' through"),
+    ({"type": "string", "pattern": '^"{2}$'}, "lets '\"' through"),
     ({"type": "string", "pattern": "^a\\\\b$"}, "lets '\\\\' through"),
     ({"type": "string", "pattern": "^a\nb$"}, "lets '\\n' through"),
     ({"type": "string", "pattern": "^" + "(" * 5000 + ")" * 5000 + "$"}, "cannot be converted"),
@@ -582,12 +583,16 @@ def test_of_many_values_each_is_taken_and_nothing_else(vocab: LlamaVocab) -> Non
         ("^[a-c]+?$", ["a", "abc"], ["", "abcd"]),
         ("^(ab|c)*?d??$", ["", "abcd", "d"], ["a", "dd"]),
         ("^x{2,3}?$", ["xx", "xxx"], ["", "x", "xxxx"]),
+        (r"^ab\?+$", ["ab?", "ab??"], ["ab?ab?", "ab"]),
+        (r"^a\]?\*{2}$", ["a**", "a]**"], ["a*a*", "**"]),
+        (r"^a\€b[\€]$", ["a€b€"], ["aAbC"]),
     ],
 )
 def test_a_pattern_takes_what_it_matches_and_nothing_else(
     vocab: LlamaVocab, pattern: str, texts: list[str], others: list[str]
 ) -> None:
-    """Also where the converter would look at a bracket for ever, or take a lazy quantifier for an optional one."""
+    """Also where the converter would look at a bracket for ever, take a lazy quantifier for an optional one, or a
+    quantifier for more than what stands before it."""
     grammars, gbnf = Grammars(vocab), gbnf_of_schema({"type": "string", "pattern": pattern})
     for text in [*texts, *others]:
         assert (re.search(pattern, text) is not None) == (text in texts)

@@ -348,6 +348,15 @@ def test_a_continued_message_gets_its_calls(load: Loader) -> None:
     assert session.messages[1]["tool_calls"][0]["function"]["name"] == "add"
 
 
+def test_run_tools_continues_the_first_message_only(load: Loader) -> None:
+    engine, session = Engine(load(chat_template=QWEN)), Session(tools=TOOLS)
+    session.add_user("2 + 3?")
+    session.add_assistant("Let me see. ")
+    calling(engine, session, [CALL, "It is 5."])
+    assert engine.run_tools(session, {"add": lambda a, b: a + b}, continue_last=True).text == "It is 5."
+    assert [m["content"] for m in session.messages[1:]] == ["Let me see. ", "5", "It is 5."]
+
+
 def test_run_tools_checks_its_limit_first_and_survives_odd_results(load: Loader) -> None:
     engine, session = Engine(load(chat_template=QWEN)), Session(tools=TOOLS)
     with pytest.raises(OptionError, match="max_rounds must be at least 1"):

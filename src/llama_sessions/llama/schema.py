@@ -30,7 +30,6 @@ _HEX = "[0-9a-fA-F]"
 _ESCAPED = rf'"\\" (["\\/bfnrt] | "u" ([0-9a-ceA-CEfF] {_HEX} | [dD] [0-7]) {_HEX} {_HEX})'
 _FORBIDDEN_IN_CLASS = r'"\\\x00-\x1F\x7F'
 _CLASSES = {"d": "0-9", "w": "a-zA-Z0-9_"}
-_KEPT_ESCAPES = "[]()|{}*+?"  # the converter knows them
 _NOT_AS_IT_IS = [*range(0x20), 0x22, 0x5C]  # characters that a JSON string holds only escaped
 
 
@@ -158,11 +157,8 @@ def _plain_pattern(pattern: str) -> str:
             i += 1
             if not following or (following.isalnum() and following not in _CLASSES):
                 raise ValueError(f"it has the escape \\{following}")
-            code = _CLASSES.get(following) or f"\\x{ord(following):02X}"
-            if not in_class and following in _KEPT_ESCAPES:
-                found += char + following
-            else:
-                found += code if in_class else f"[{code}]"
+            code = _CLASSES.get(following) or _escaped(following)
+            found += code if in_class else f"[{code}]"
             continue
         if char in "^$" and not in_class:
             raise ValueError(f"{char} stands in the middle of it")
@@ -178,8 +174,8 @@ def _plain_pattern(pattern: str) -> str:
             i += inner.startswith("?", i)  # that a match should be short is no matter to who writes one
             if inner[i : i + 1] in ("*", "+", "?", "{"):
                 raise ValueError(f"{inner[i]} stands behind a quantifier")
-        elif char in "]}" and not in_class:
-            char = f"[\\x{ord(char):02X}]"  # the converter would look at it for ever
+        elif char in '"]}' and not in_class:
+            char = f"[{_escaped(char)}]"  # the converter would look at a bracket for ever
         found += char
         if char == "[" and not in_class:
             in_class = True
@@ -193,6 +189,12 @@ def _plain_pattern(pattern: str) -> str:
     if depth:
         raise ValueError("its parentheses do not match")
     return f"^({found})$"
+
+
+def _escaped(char: str) -> str:
+    """A character as a class of GBNF has it. A class stays by itself; what it escapes in its own way, the converter
+    takes together with the letters before it, and a quantifier then for all of them."""
+    return f"\\U{ord(char):08X}"
 
 
 def _check_quantifier(inside: str, closed: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -39,34 +40,42 @@ def floor_for(logits: FloatArray, k: int) -> float:
     return float(np.partition(best, n_blocks - k)[n_blocks - k])
 
 
-class Contenders:
-    """Finds the few logits among which the `k` largest are. What the last ones reached is a good guess for the next:
-    then it is one compare of all. 25 us at 152k, twice that when the logits are not in the cache."""
+_NOTHING: Ids = np.empty(0, np.intp)
 
-    def __init__(self, n_vocab: int, k: int) -> None:
-        self._k = k
+
+class Contenders:
+    """Finds the few logits among which the best are. What the last ones reached is a good guess for the next: then it
+    is one compare of all. 25 us at 152k, twice that when the logits are not in the cache."""
+
+    def __init__(self, n_vocab: int) -> None:
         self._most = n_vocab // 8
         self._mask = np.empty(n_vocab, np.bool_)
         self._floor = np.array(math.inf, np.float32)  # as an array it is compared with at once, as a float looked into
 
-    def find(self, logits: FloatArray) -> Ids | None:
-        """Their ids, (n,) ascending; None where that narrows nothing down, or for NaN."""
-        ids = self._reaching(logits)
-        if not self._k <= len(ids) <= _STALE * self._k:
-            floor = floor_for(logits, _AIM * self._k)
-            self._floor.fill(floor_for(logits, self._k) if math.isnan(floor) else floor)
-            ids = self._reaching(logits)
-        return ids if self._k <= len(ids) <= self._most else None
+    def find(self, logits: FloatArray, k: int, moved: Ids) -> Ids | None:
+        """Ids, (n,) ascending: all of `moved`, and the `k` largest of the others; None where that narrows nothing down,
+        or for NaN."""
+        n = k + len(moved)
+        if n > len(logits) // _BLOCK:
+            return None
+        ids = self._reaching(logits, moved)
+        if not n <= len(ids) <= _STALE * n:
+            floor = floor_for(logits, _AIM * n)
+            self._floor.fill(floor_for(logits, n) if math.isnan(floor) else floor)
+            ids = self._reaching(logits, moved)
+        return ids if n <= len(ids) <= self._most else None
 
-    def _reaching(self, logits: FloatArray) -> Ids:
+    def _reaching(self, logits: FloatArray, moved: Ids) -> Ids:
         np.greater_equal(logits, self._floor, self._mask)
+        if len(moved):
+            self._mask[moved] = True
         ids: Ids = self._mask.nonzero()[0]
         return ids
 
 
 class Bias:
-    """What `logit_bias` adds. Done here and not by llama.cpp's sampler, which wants the whole vocabulary as candidates:
-    50 us at 152k."""
+    """What `logit_bias` adds. Done here and not by llama.cpp's sampler, which looks for each of them among all
+    candidates where these are not the whole vocabulary. 50 us at 152k."""
 
     def __init__(self, bias: Mapping[int, float], n_vocab: int) -> None:
         outside = [token for token in bias if token >= n_vocab]
@@ -86,8 +95,9 @@ class Bias:
 class Sampler:
     """One generation's sampler chain: bias, penalties, then greedy, or top-k, top-p, min-p, temperature and a draw.
 
-    llama.cpp's samplers want the whole vocabulary as candidates, 1.8 MB to write at 152k. Where no penalties come
-    before it, greedy needs none and top-k only its contenders: 10 and 60 us a token instead of 190.
+    llama.cpp's samplers want the whole vocabulary as candidates, 1.8 MB to write at 152k. Greedy needs none where no
+    penalties come before it, and what looks at the `k` best needs the contenders alone: these, and the tokens that the
+    penalties are about. 10 and 60 us a token instead of 190, and of 600 with penalties.
     """
 
     def __init__(self, options: GenerationOptions, n_vocab: int) -> None:
@@ -99,9 +109,10 @@ class Sampler:
         self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         weakref.finalize(self, llama_cpp.llama_sampler_free, self._chain)
         self._stateful = False
+        self._last: deque[int] = deque(maxlen=_N_PENALTY)  # the penalties', if there are any
         self._greedy = self._takes_best = False
         self._n_best = 0  # all that the chain looks at; 0: at more than that
-        self._contenders: Contenders | None = None
+        self._contenders = Contenders(n_vocab)
         self._bias = Bias(options.logit_bias, n_vocab) if options.logit_bias else None
         for sampler in self._samplers(options, n_vocab):
             llama_cpp.llama_sampler_chain_add(self._chain, sampler)
@@ -117,10 +128,9 @@ class Sampler:
             )
         if o.temperature < _COLDEST:
             self._greedy, self._takes_best = True, not chain
-            self._n_best = int(self._takes_best)
+            self._n_best = 1
             return [*chain, llama_cpp.llama_sampler_init_greedy()]
-        if not chain and 0 < o.top_k <= n_vocab // _BLOCK:
-            self._n_best, self._contenders = o.top_k, Contenders(n_vocab, o.top_k)
+        self._n_best = o.top_k
         return [
             *chain,
             llama_cpp.llama_sampler_init_top_k(o.top_k),
@@ -134,7 +144,7 @@ class Sampler:
         """Show the penalties the end of the prompt (an int array or list)."""
         if self._stateful:
             for token in prompt[-_N_PENALTY:]:
-                llama_cpp.llama_sampler_accept(self._chain, int(token))
+                self._remember(int(token))
 
     def sample(self, logits: FloatArray, grammar: Constraint | None = None) -> int | None:
         """Draw a token from (n_vocab,) float32 logits, for `accept`; None if every token is banned.
@@ -154,7 +164,15 @@ class Sampler:
         if grammar is not None:
             grammar.accept(token)
         if self._stateful:
-            llama_cpp.llama_sampler_accept(self._chain, token)
+            self._remember(token)
+
+    def _remember(self, token: int) -> None:
+        self._last.append(token)
+        llama_cpp.llama_sampler_accept(self._chain, token)
+
+    def _moved(self) -> Ids:
+        """Tokens whose logits the penalties change; some maybe twice."""
+        return np.fromiter(self._last, np.intp, len(self._last)) if self._last else _NOTHING
 
     def _draw(self, logits: FloatArray) -> int | None:
         if self._takes_best:
@@ -177,15 +195,19 @@ class Sampler:
     def _draw_allowed(self, logits: FloatArray, grammar: Constraint) -> int | None:
         """The same among the tokens that the grammar allows.
 
-        The chain looks at its `n_best` best logits only, where it begins with top-k or takes the best: so the first
-        few hundred are tried alone, as asking a grammar about a whole vocabulary of 152k takes milliseconds.
+        Where the chain looks at its `n_best` best logits only, the first few hundred are tried alone, as asking a
+        grammar about a whole vocabulary of 152k takes milliseconds.
         """
         if self._n_best:
-            floor = floor_for(logits, _TRIED * self._n_best)
+            moved = self._moved()
+            n_wanted = self._n_best + len(moved)
+            floor = floor_for(logits, _TRIED * n_wanted)
             if not math.isnan(floor):
-                ids = np.flatnonzero(logits >= floor)
+                reaching = logits >= floor
+                reaching[moved] = True
+                ids = np.flatnonzero(reaching)
                 n = self._restrict(grammar, self._put(logits, ids)) if len(ids) <= len(logits) // 8 else 0
-                if n >= self._n_best:
+                if n >= n_wanted:
                     return self._apply(n)
         n = self._restrict(grammar, self._put(logits, np.arange(len(logits))))
         return self._apply(n) if n else None
@@ -200,7 +222,7 @@ class Sampler:
 
     def _fill(self, logits: FloatArray) -> int:
         """Put the candidates in; returns how many."""
-        ids = None if self._contenders is None else self._contenders.find(logits)
+        ids = self._contenders.find(logits, self._n_best, self._moved()) if self._n_best else None
         if ids is not None:
             return self._put(logits, ids)
         cur = self._candidates

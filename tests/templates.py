@@ -169,6 +169,8 @@ VOCABS: dict[str, dict[str, Any]] = {
     "spm-bare": {"kind": "spm", "add_bos": False, "add_space_prefix": False},
     # llama.cpp has control tokens swallow the white space behind them where the model's name says phi-3.
     "spm-strips": {"kind": "spm", "add_bos": True, "add_space_prefix": True, "name": "phi-3?"},
+    # It has <mask> swallow the white space before it where the pre-tokenizer says jina; and one token begins another.
+    "bpe-strips": {"kind": "bpe", "pre": "jina-v2-code", "more": ("<mask>", "<|end|>>")},
     # Reasoning in control tokens.
     "bpe-hard-think": {"kind": "bpe", "soft": ()},
 }
@@ -195,10 +197,10 @@ class PlainVocab(Oracle):
 def load_vocab(name: str) -> tuple[LlamaVocab, PlainVocab]:
     """Ours and the oracle, over the same native vocabulary; kept for the whole run."""
     recipe = VOCABS[name]
-    soft = recipe.get("soft", SOFT)
+    soft, pre = recipe.get("soft", SOFT), recipe.get("pre", "qwen2")
     if recipe["kind"] == "bpe":
-        controls = ("<|begin_of_text|>", "<unk>", *SOFT, *CONTROLS)
-        tokenizer = byte_level_bpe(_N_VOCAB, pre="qwen2", add_bos=recipe.get("add_bos", False), controls=controls)
+        controls = ("<|begin_of_text|>", "<unk>", *SOFT, *recipe.get("more", ()), *CONTROLS)
+        tokenizer = byte_level_bpe(_N_VOCAB, pre=pre, add_bos=recipe.get("add_bos", False), controls=controls)
     else:
         tokenizer = sentencepiece(
             _N_VOCAB,
@@ -229,7 +231,7 @@ def load_vocab(name: str) -> tuple[LlamaVocab, PlainVocab]:
     assert model, f"the vocabulary {name} did not load"
     _loaded.append(model)
     handle = llama_cpp.llama_model_get_vocab(model)
-    return LlamaVocab(handle, "qwen2"), PlainVocab(handle)
+    return LlamaVocab(handle, pre), PlainVocab(handle)
 
 
 _loaded: list[Any] = []

@@ -162,6 +162,14 @@ def test_special_token_text_ends_the_white_space_that_a_control_token_swallows()
     assert rendered.text == "<|user|><|end|> a<|end|><|assistant|>"
 
 
+@pytest.mark.parametrize("text", ["a", "a ", "a \n\t", " ", ""])
+def test_white_space_before_a_control_token_that_swallows_it_is_not_tokenised(text: str) -> None:
+    template = "{% for m in messages %}{{ m.content + '<mask>' }}{% endfor %}"
+    messages = [user(text), said(text)]
+    rendered = renderer(template, "bpe-strips").render(messages)
+    assert rendered.tokens.tolist() == tokens_of("bpe-strips", plain_text(template, "bpe-strips", messages))
+
+
 def test_white_space_that_a_control_token_swallows_is_not_tokenised() -> None:
     messages = [user(" \n a"), said("\n b "), user("\n")]
     rendered = renderer("refuses-system", "spm-strips").render(messages)
@@ -1232,6 +1240,14 @@ def test_a_render_that_goes_on_from_the_last_one_equals_one_from_nothing(
     for a, b in zip(warm.stretches, cold.stretches, strict=True):
         assert (a.text, a.regions, a.control, a.end) == (b.text, b.regions, b.control, b.end)
         assert (a.n_tokens_before, a.tokens.tolist()) == (b.n_tokens_before, b.tokens.tolist())
+
+
+def test_a_render_that_goes_on_sees_that_a_control_token_became_the_beginning_of_another() -> None:
+    one = renderer("{% for m in messages %}{{ m.content + '<|end|>' }}{% endfor %}{{ tail }}", "bpe-strips")
+    first = one.render([user("a"), said("b")], variables={"tail": "x"})
+    second = one.render([user("a"), said("b")], variables={"tail": ">"}, last=first)
+    assert second.tokens[-1] == load_vocab("bpe-strips")[0].control["<|end|>>"]
+    assert second.tokens.tolist() == one.render([user("a"), said("b")], variables={"tail": ">"}).tokens.tolist()
 
 
 def test_a_render_that_goes_on_takes_what_both_begin_with_from_the_last_one() -> None:

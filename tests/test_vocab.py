@@ -346,6 +346,8 @@ def test_some_vocabulary_has_control_tokens_that_swallow_white_space() -> None:
     ours, _ = load_vocab("spm-strips")
     assert ours.strips(ours.control["<|end|>"]) == (False, True)
     assert ours.strips(ours.control["<s>"]) == (False, False)
+    ours, _ = load_vocab("bpe-strips")
+    assert ours.strips(ours.control["<mask>"]) == (True, False)
 
 
 @pytest.mark.parametrize("name", sorted(VOCABS))

@@ -356,12 +356,13 @@ def test_a_vocabulary_that_is_none_or_of_another_model_is_refused() -> None:
                 assert match in str(e), e
             else:
                 raise SystemExit(f"{wrong!r} was let through")
-        try:
-            ContextManager(*bare("embedding"))
-        except ModelError as e:
-            assert "use a decoder-only model" in str(e)
-        else:
-            raise SystemExit("an embedding context was let through")
+        for unfit in (bare("embedding"), bare("llama-bpe", attention_type=1)):  # no memory; not causal
+            try:
+                ContextManager(*unfit)
+            except ModelError as e:
+                assert "keeps no KV to chat with" in str(e) and "use a decoder-only model" in str(e), e
+            else:
+                raise SystemExit("an embedding context was let through")
         for options in ({"n_ctx": 5}, {"chat_template": 5}, {"headroom": -1}):
             try:
                 ContextManager(ctx, vocab, **options)
@@ -404,6 +405,16 @@ def test_a_message_that_is_none_is_refused_by_its_number(cm: ContextManager, mes
             call(session)
     assert cm.stats().slots_free == 3
     assert session.messages == [message]
+    assert works(cm)
+
+
+def test_fields_of_ones_own_beside_role_and_content_hurt_nobody(cm: ContextManager) -> None:
+    session = Session()
+    session.messages.append({"role": "user", "content": "Hello", 5: 6, "vector": np.arange(3.0), "None": None})
+    cm.prepare(session)
+    session.messages[0]["vector"] = np.arange(4.0)
+    cm.prepare(session)
+    Engine(cm).chat(session, "Again", max_tokens=2)
     assert works(cm)
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from models import model_path
 from oracle import Oracle, oracle_for
+from templates import CONTROLS, REFUSING, TEMPLATES, PlainVocab
 
 from llama_sessions import ContextManager, Engine, MemoryKind, NextToken, PromptChunk, Session
 from llama_sessions.kv.row import common_prefix
@@ -521,6 +523,64 @@ def test_a_system_text_cut_short_after_neighbours_decoded_is_exact(windowed: Wor
     session = talk(Session(), "Who are you?")
     assert windowed.prepare(session) == ["prefix", "decode"]
     assert session.last_prepare.n_reused == n_prefix
+
+
+# -- templates with habits
+
+HABITS = ("two-bos", "default-system", "folds-system", "refuses-system", "reasoning", "macro")
+HABITUAL = {"controls": ("<|begin_of_text|>", *CONTROLS), "add_bos": True, "n_vocab": 900}
+
+
+@pytest.mark.parametrize("template", HABITS)
+def test_whatever_a_template_does_with_a_conversation_its_rows_are_what_it_writes_and_exact(
+    load: Callable[..., ContextManager], template: str
+) -> None:
+    cm = load(model=HABITUAL, chat_template=TEMPLATES[template], system_fallback="user", headroom=0)
+    world = World(cm, oracle_for(model_path("llama-bpe", **HABITUAL)))
+    plain = PlainVocab(world.oracle.vocab)
+    write = Jinja2ChatFormatter(TEMPLATES[template], eos_token="<|im_end|>", bos_token="<|begin_of_text|>")
+
+    def written(session: Session, system: str) -> str:
+        messages = [dict(m) for m in session.messages]
+        if system and template in REFUSING:
+            messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
+        elif system:
+            messages.insert(0, {"role": "system", "content": system})
+        return str(write(messages=messages).prompt)
+
+    def check(session: Session, system: str) -> None:
+        before = cm.tokens(session)
+        world.prepare(session)
+        assert cm.tokens(session).tolist() == plain.prompt(written(session, system))
+        if session.n_past and len(before):  # as much of it as can be was there already
+            assert session.last_prepare.n_reused >= common_prefix(before[:-1], cm.tokens(session))
+
+    n_prefix = cm.set_system(SYSTEM)
+    session = talk(Session(), "Who are you?")
+    check(session, SYSTEM)
+    assert session.last_prepare.n_reused == n_prefix > len(plain.tokenize(SYSTEM))
+    for turn in range(9):
+        talk(session, f"<think>\nNumber {turn}?\n</think>\n\nI am {turn}.", f" And who is {turn} plus {turn}?\n")
+        check(session, SYSTEM)
+    session.messages[4]["content"] = "Never mind."
+    check(session, SYSTEM)
+    child = cm.fork(session)
+    del session.messages[6:]
+    check(talk(child, "A child.", "Really?"), SYSTEM)
+    check(session, SYSTEM)
+    cm.set_system("You answer in rhymes.")
+    check(child, "You answer in rhymes.")
+    child.system = ""
+    check(child, "")
+    check(session, "You answer in rhymes.")
+    # Replies keep the ids they were sampled as: what they spell is what the template writes.
+    engine = Engine(cm)
+    for question in ("Say something.", "And then?"):
+        engine.chat(session, question, max_tokens=8, seed=1, temperature=1.5)
+        world.exact(session)
+    world.prepare(talk(session, "Well?"))
+    spelled = world.oracle.detokenize(cm.tokens(session)).decode().removeprefix("<|begin_of_text|>")
+    assert spelled == written(session, "You answer in rhymes.").replace("<|begin_of_text|>", "")
 
 
 # -- the user's own context

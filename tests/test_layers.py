@@ -12,6 +12,7 @@ import pytest
 from child import run_child
 
 import llama_sessions
+from llama_sessions.llama import REQUIRED
 
 ROOT = Path(llama_sessions.__file__).parent
 
@@ -108,6 +109,52 @@ def test_pure_modules_import_numpy_at_most(module: str) -> None:
 )
 def test_the_import_reader_finds_what_is_written(module: str, source: str, inside: set[str]) -> None:
     assert imports_of(module, source) == (inside, set())
+
+
+def used_of_llama_cpp(source: str) -> set[str]:
+    """What a module reads of llama_cpp, and the fields that it sets of llama.cpp's parameters."""
+    used, params = set(), {}
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Attribute(value=ast.Name(id="llama_cpp"), attr=name):
+                used.add(name)
+            case ast.ImportFrom(module=str(module), names=names) if module.startswith("llama_cpp."):
+                used |= {f"{module.removeprefix('llama_cpp.')}.{alias.name}" for alias in names}
+            case ast.Assign(targets=[ast.Name(id=variable)], value=ast.Call(func=ast.Attribute(attr=made))):
+                params[variable] = made.replace("_default_params", "_params") if "_default_params" in made else ""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Attribute(value=ast.Name(id=variable), attr=field, ctx=ast.Store()) if params.get(variable):
+                used.add(f"{params[variable]}.{field}")
+    return used
+
+
+def test_every_symbol_of_llama_cpp_that_is_used_is_checked_at_import() -> None:
+    used = set().union(*(used_of_llama_cpp(path.read_text()) for path in (ROOT / "llama").glob("*.py")))
+    assert {"llama_decode", "llama_context_params.kv_unified", "llama_grammar.SchemaConverter"} <= used
+    assert used - {"llama_grammar", "llama_chat_format"} == set(REQUIRED)
+
+
+@pytest.mark.parametrize("name", ["llama_decode", "llama_context_params.kv_unified", "llama_grammar.SchemaConverter"])
+def test_a_llama_cpp_python_that_lacks_a_symbol_is_a_clear_error_at_import(name: str) -> None:
+    said = run_child(
+        """
+        import sys
+        import llama_cpp
+
+        *path, last = sys.argv[1].split(".")
+        thing = llama_cpp
+        for part in path:
+            thing = getattr(thing, part)
+        delattr(thing, last)
+        try:
+            import llama_sessions
+        except ImportError as e:
+            print(e)
+        """,
+        name,
+    )
+    assert f"lacks {name}; llama-sessions needs another one: pip install 'llama-cpp-python>=0.3.36,<0.4'" in said
 
 
 PUBLIC = [

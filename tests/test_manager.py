@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from child import run_child
@@ -1338,11 +1340,18 @@ def test_a_session_of_a_manager_that_was_dropped_unclosed_may_go_to_another(load
     assert_exact(other, session)
 
 
-@pytest.mark.parametrize("name", ["prepare", "preview", "append", "logits", "tokens", "fork", "release"])
-@pytest.mark.parametrize("thing", [None, "session", 5, {}])
+ABOUT_A_SESSION = [
+    "begin", "prepare", "preview", "append", "logits", "tokens", "fork", "release", "make_room", "park", "flush", "pin",
+    "rebuild", "is_parked", "is_pinned", "is_held", "n_room",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABOUT_A_SESSION)
+@pytest.mark.parametrize("thing", [None, "session", 5, {}, Session])
 def test_what_is_no_session_is_an_option_error(cm: ContextManager, name: str, thing: Any) -> None:
-    with pytest.raises(OptionError, match=r"Session|PromptChunk"):
-        EVERY_CALL[name](cm, thing)
+    more = {"append": [65], "make_room": [1]}.get(name, [])
+    with pytest.raises(OptionError, match=r"a Session is wanted|NextToken\(session="):
+        getattr(cm, name)(thing, *more)
 
 
 def test_after_os_fork_every_call_in_the_child_says_spawn_and_close_does_nothing() -> None:
@@ -1412,6 +1421,44 @@ def test_after_os_fork_every_call_in_the_child_says_spawn_and_close_does_nothing
     assert out.splitlines() == ["[]", "parent fine"]
 
 
+def test_a_forked_child_whose_decode_would_wait_for_the_parents_threads_is_told_so() -> None:
+    out = run_child("""
+        import os, signal
+        import llama_cpp
+        from models import model_path
+        from llama_sessions import ContextManager, Session, StateError
+
+        def prepare(n_threads):
+            with ContextManager.load(model_path("llama-bpe"), n_ctx=256, max_sessions=2, n_threads=n_threads) as cm:
+                session = Session()
+                session.add_user("Who are you?")
+                return cm.prepare(session)
+
+        def in_a_child(n_threads):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)  # a hang is a failure too
+                try:
+                    print(prepare(n_threads), flush=True)
+                except StateError as e:
+                    print(e, flush=True)
+                os._exit(0)
+            _, status = os.waitpid(pid, 0)
+            assert status == 0, status
+
+        print(b"OPENMP = 1" in llama_cpp.llama_print_system_info(), flush=True)
+        prepare(1)
+        in_a_child(2)  # nobody has left threads behind so far
+        print(prepare(2), flush=True)
+        in_a_child(1)
+        in_a_child(2)
+    """)
+    has_openmp, before, *others, last = out.splitlines()
+    assert {before, *others} == {before}
+    assert int(before) > 0
+    assert ("use multiprocessing's 'spawn' start method, or n_threads=1" in last) == (has_openmp == "True")
+
+
 def test_a_forked_child_that_just_exits_frees_nothing_of_the_parents() -> None:
     out = run_child("""
         import os, sys, warnings
@@ -1466,6 +1513,27 @@ def test_a_quiet_manager_beside_a_loud_one_stays_quiet(load: Loader, caplog: pyt
         cm.release(session)
     assert heard[True]
     assert heard[False] == []
+
+
+def test_a_quiet_manager_is_quiet_about_grammars_too(
+    load: Loader, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are compiled on a thread with a larger stack."""
+    caplog.set_level(logging.DEBUG, logger="llama_sessions.llama")
+    managers = {log: load(log=log) for log in (True, False)}
+
+    def refuse(*_: object) -> None:
+        callback, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+        llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+        callback(4, b"no such rule\n", data)
+
+    monkeypatch.setattr(llama_cpp, "llama_sampler_init_grammar", refuse)
+    for log in (True, False, True):
+        caplog.clear()
+        with pytest.raises(OptionError, match="refuses it: no such rule"):
+            managers[log].grammar('root ::= "a"')
+        heard = [r.getMessage() for r in caplog.records if r.name == "llama_sessions.llama"]
+        assert heard == (["no such rule"] if log else [])
 
 
 def test_nothing_is_printed_by_a_library(load: Loader, capfd: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ class Entry:
         if self.in_child:
             raise StateError(
                 "this manager belongs to the process that made it: llama.cpp's threads do not survive os.fork; "
-                "load the model in the child, or use multiprocessing's 'spawn' start method"
+                "use multiprocessing's 'spawn' start method, and load the model there"
             )
         if self.closed:
             raise StateError("the manager is closed; load the model again")

@@ -17,6 +17,7 @@ from .kv.prefix import Prefix
 from .kv.slots import Slots
 from .kv.snapshot import Snapshots
 from .kv.store import RowStore
+from .llama import log
 from .loading import Parts, Untemplated, adopt_parts, borrow_parts, load_parts
 from .options import LoadOptions, ManagerOptions, checked_bool, checked_text
 from .overview import Overview
@@ -166,6 +167,7 @@ class House:
         """`gbnf` compiled for this vocabulary, for one reply. OptionError says where it is wrong. Never waits for a
         decode."""
         self._entry.check()
+        log.capture.quiet = self._entry.quiet  # as the door does for whoever comes in
         return self._parts.grammar(gbnf)
 
     # -- hooks and the system prompt

@@ -7,7 +7,7 @@ from dataclasses import replace
 from .kv.plan import NOTHING
 from .options import checked_bool, checked_int
 from .prompts import said_of
-from .session import Session
+from .session import Session, check_session
 from .steps import Steps
 from .types import Message
 
@@ -90,11 +90,11 @@ class ContextManager(Steps):
 
     def is_parked(self, session: Session) -> bool:
         """Whether its row was given up, and comes back when it is needed."""
-        return self._parking.get(session) is not None
+        return self._parking.get(check_session(session)) is not None
 
     def is_pinned(self, session: Session) -> bool:
         """Whether a session is never parked by itself."""
-        return self._parking.is_pinned(session)
+        return self._parking.is_pinned(check_session(session))
 
     def n_room(self, session: Session) -> int:
         """Tokens that the session's row can still take, by its own length. Without a lock: a hint while others work."""
@@ -135,7 +135,7 @@ class ContextManager(Steps):
 
     def is_held(self, session: Session) -> bool:
         """Whether somebody is generating in the session."""
-        return self._seats.is_held(session)
+        return self._seats.is_held(check_session(session))
 
     def note_reply(self, session: Session, message: Message) -> None:
         """The row's tail is what the assistant said: whoever takes that back drops something worth keeping."""

@@ -68,8 +68,8 @@ def said_of(message: Message) -> tuple[str, ...]:
     """A message as it was, whatever becomes of its dict; an absent field is an empty one."""
     more = ""
     if len(message) > 2:
-        fields = sorted((key, repr(value)) for key, value in message.items() if value not in (None, "", []))
-        more = repr([field for field in fields if field[0] not in ("role", "content")])
+        fields = ((repr(key), repr(value)) for key, value in message.items() if key not in ("role", "content"))
+        more = repr(sorted(field for field in fields if field[1] not in ("None", "''", "[]")))
     return message["role"], message.get("content") or "", more if more != "[]" else ""
 
 

@@ -28,6 +28,8 @@ _DEFAULT_CTX = 8192
 _N_VIEWS = 512  # places of the logits buffer that are remembered
 _FIRST_PAGE = 4096  # no address below it is ever valid
 
+_computed_in: set[int] = set()  # where llama.cpp has computed with several threads: this process, or one it came from
+
 
 def usable_cores() -> int:
     """Cores this process may run on."""
@@ -104,6 +106,7 @@ class LlamaContext:
 
     def __init__(self, handle: Any, capabilities: Capabilities, *, owned: bool, model: Model) -> None:
         self.handle = handle
+        self._leaves_threads = _n_threads(handle) > 1
         self.capabilities = capabilities
         self.memory = LlamaMemory(llama_cpp.llama_get_memory(handle), capabilities)
         self.last_error = ""
@@ -139,6 +142,7 @@ class LlamaContext:
         p.n_ctx, p.n_batch = n_ctx, min(options.n_batch, max(n_ctx, options.n_seq_max))
         p.n_ubatch, p.n_seq_max = min(options.n_ubatch, p.n_batch), options.n_seq_max
         p.n_threads = p.n_threads_batch = options.n_threads or default_threads()
+        _check_threads_are_here(p.n_threads)
         p.type_k, p.type_v = k_type, v_type
         p.flash_attn_type = {"auto": -1, True: 1, False: 0}[options.flash_attn]
         p.swa_full, p.kv_unified = options.swa_full, options.kv_unified
@@ -172,8 +176,9 @@ class LlamaContext:
         model = Model(llama_cpp.llama_get_model(handle), owned=False, name="the context's model")
         if _address(model.vocab_handle) != _address(vocab_handle):
             raise OptionError("vocab is not that of the context's model; pass llama_model_get_vocab(model)")
-        if not llama_cpp.llama_get_memory(handle):
-            raise ModelError("the context keeps no KV (an embedding model?); use a decoder-only model")
+        if not llama_cpp.llama_get_memory(handle) or not llama_cpp.llama_get_causal_attn(handle):
+            raise ModelError("the context keeps no KV to chat with (an embedding model?); use a decoder-only model")
+        _check_threads_are_here(_n_threads(handle))
         log.install()
         capabilities = read_capabilities(
             handle, model, k_type=None, v_type=None, swa_full=None, unified=None, plain_rope=False
@@ -203,6 +208,9 @@ class LlamaContext:
                 raise OptionError(f"sequence {run.seq_id} at position {run.pos} is outside {caps.n_seq_max} sequences")
         self._n_decoded = 0
         self._batch.fill(runs)
+        if self._leaves_threads:
+            _computed_in.add(os.getpid())
+            self._leaves_threads = False  # known from now on
         with log.capture as captured:
             code = int(llama_cpp.llama_decode(self.handle, self._batch.native))
             self.last_error = captured.last_error
@@ -244,6 +252,20 @@ class LlamaContext:
     def close(self) -> None:
         """Free the context, if it is ours. Again: nothing."""
         self._finalizer()
+
+
+def _n_threads(handle: Any) -> int:
+    return int(max(llama_cpp.llama_n_threads(handle), llama_cpp.llama_n_threads_batch(handle)))
+
+
+def _check_threads_are_here(n_threads: int) -> None:
+    """StateError in a forked child where a decode would wait for ever: OpenMP's threads stay behind, and it counts on
+    them (seen with libgomp; one thread alone needs none)."""
+    if n_threads > 1 and _computed_in - {os.getpid()} and b"OPENMP = 1" in llama_cpp.llama_print_system_info():
+        raise StateError(
+            "llama.cpp has computed with several threads in the process that this one was forked from, and would wait "
+            "for them for ever; use multiprocessing's 'spawn' start method, or n_threads=1"
+        )
 
 
 def _padded(n_cells: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..errors import StateError
+from .log import capture
 
 T = TypeVar("T")
 
@@ -21,8 +22,10 @@ def on_a_deep_stack(work: Callable[[], T], needed_for: str) -> T:
     Raises StateError, naming what it is `needed_for`, where no such thread can be had.
     """
     outcome: list[Any] = []
+    quiet = capture.quiet
 
     def run() -> None:
+        capture.quiet = quiet  # each thread has its own
         try:
             outcome.append((work(), None))
         except BaseException as e:

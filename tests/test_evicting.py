@@ -1259,6 +1259,24 @@ def test_an_approximate_row_in_a_stream_of_its_own_comes_back_as_it_was(load: Lo
     cm.check_integrity()
 
 
+@pytest.mark.parametrize(("model", "options"), [("llama-bpe", {"kv_unified": False, "n_ctx": 1280}), ("gemma3", {})])
+def test_of_an_approximate_row_no_part_is_saved_where_only_whole_rows_are(
+    load: Loader, model: str, options: dict[str, Any]
+) -> None:
+    cm = load(model, **{"n_ctx": 512, "max_sessions": 2, **options})
+    session = said(*map(line, range(5)))
+    cm.prepare(session)
+    assert cm.make_room(session, 20) >= 20
+    cm.clear_radix()  # of what was exact before, too
+    assert cm.flush(session) == 0
+    before = cm.tokens(session)
+    cm.park(session)
+    radix = cm.stats().radix
+    assert radix.n_bytes == radix.n_bytes_private > 0
+    cm.append(session, 65)
+    np.testing.assert_array_equal(cm.tokens(session)[:-1], before)
+
+
 def test_a_parked_row_is_foreseen_with_the_cells_that_it_will_need() -> None:
     """Its own, and those of the system prompt that it will have in common with others again."""
     cm = over_fake(n_ctx=300, max_sessions=2)

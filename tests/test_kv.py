@@ -391,6 +391,19 @@ def test_what_costs_more_than_it_brings_is_decoded() -> None:
     assert planned("abcdefgh", "", "abcd", 0, costs=cheap).share == Share("live", 3, 0, 4)
 
 
+def test_what_another_row_adds_to_the_own_one_is_worth_an_operation_or_decoded() -> None:
+    dear = measured(operation=1e-3, restored=1e-9, decoded=2e-4)  # an operation costs what five tokens do
+    assert planned("abcdefghijklmn", "abcd", "abcdefgh", 0, costs=dear) == Plan(14, 4)
+    assert planned("abcdefghijklmn", "ab", "abcdefgh", 0, costs=dear) == Plan(14, 2, Share("live", 3, 2, 8))
+
+
+def test_a_few_tokens_are_not_shared_again_after_a_whole_row() -> None:
+    dear = measured(operation=1e-3, restored=1e-9, decoded=2e-4)
+    for live, again in (("a" * 4, None), ("a" * 8, Share("live", 3, 0, 8))):
+        plan = planned("a" * 50, "", live, 40, kind=BlobKind.ROW, costs=dear)
+        assert plan == Plan(50, 0, None, Restore(0, 40), again)
+
+
 def test_nothing_measured_means_that_reuse_is_worth_while() -> None:
     assert Costs().is_worth_sharing(1)
     assert Costs().is_worth_restoring(1)

@@ -253,9 +253,11 @@ class RowStore:
         scratch = self.sequences.scratch
         if self.is_pending and scratch is not None:
             n_tokens = self.n_tokens_decoded
-            with self.sequences.passing():
-                self.decode([Feed(Row(scratch), (0,), wants_logits=False)])
-            self._n_unique, self.n_tokens_decoded = None, n_tokens  # it was nobody's token
+            try:
+                with self.sequences.passing():
+                    self.decode([Feed(Row(scratch), (0,), wants_logits=False)])
+            finally:
+                self._n_unique, self.n_tokens_decoded = None, n_tokens  # it was nobody's token
         return not self.is_pending
 
     def decode(self, feeds: Sequence[Feed], park_one: Callable[[], bool] | None = None) -> int:

@@ -88,6 +88,21 @@ def test_undo_and_regen(load: Loader) -> None:
     assert out.count("reused") == 2
 
 
+def test_a_regen_that_is_stopped_before_its_first_token_brings_the_answer_back(load: Loader) -> None:
+    cm = load()
+    presses = iter([None, KeyboardInterrupt])
+
+    def press(messages: Any, session: Any) -> None:
+        key = next(presses, None)
+        if key is not None:
+            raise key
+
+    cm.set_hook("before_encode", press)
+    out = talk(cm, "first", "/regen", "/switch", "/regen", logit_bias=only_text(cm))
+    assert "(stopped)\n> /switch\n* 1: 2 messages" in out
+    assert out.count("said]") == 2
+
+
 def test_save_and_load(load: Loader, tmp_path: Path) -> None:
     cm, file = load(), tmp_path / "talk.json"
     out = talk(cm, "first", f"/save {file}", f"/load {file}", "/stats", "/load nowhere.json", logit_bias=only_text(cm))

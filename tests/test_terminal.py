@@ -218,7 +218,7 @@ def test_info_tells_what_a_model_can_do() -> None:
     )
     assert done.returncode == 0, done.stderr
     for text in (
-        "tiny-chat",
+        "tiny-chat (llama 1.8M F16)",
         "memory     full",
         "bytes a token",
         "shifting   allowed",

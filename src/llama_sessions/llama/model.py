@@ -151,10 +151,13 @@ class Model:
 
     @property
     def description(self) -> str:
-        """Its name, if it has one, and llama.cpp's description: `tiny-chat (llama ?B F16)`."""
+        """Its name, if it has one, and llama.cpp's description: `tiny-chat (llama 1.8M F16)`."""
         buffer = ctypes.create_string_buffer(256)
         llama_cpp.llama_model_desc(self.handle, buffer, 256)
         described, name = buffer.value.decode("utf-8", "replace"), self.meta("general.name")
+        # llama.cpp knows the sizes of models that were published, and calls all others "?B".
+        n = int(llama_cpp.llama_model_n_params(self.handle))
+        described = described.replace("?B", f"{n / 1e6:.1f}M" if n < 1e9 else f"{n / 1e9:.1f}B")
         return f"{name} ({described})" if name else described
 
     @cached_property

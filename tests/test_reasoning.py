@@ -189,6 +189,10 @@ def test_a_result_for_an_unknown_call_is_refused() -> None:
 async def awaited() -> None: ...
 
 
+class Awaited:
+    async def __call__(self) -> None: ...
+
+
 def calling(engine: Engine, session: Session, replies: list[str]) -> None:
     """Let the next replies of an engine be these."""
     scripts = iter(replies)
@@ -325,6 +329,7 @@ def test_a_result_that_json_does_not_know_is_told_as_text(load: Loader) -> None:
         ({"add": 1}, TOOLS, "the function 'add' must be callable"),
         ([lambda: 1, lambda: 2], TOOLS, "two functions have one name"),
         ({"add": awaited}, TOOLS, "the function 'add' is async"),
+        ({"add": Awaited()}, TOOLS, "the function 'add' is async"),
         (7, TOOLS, "functions must be a dict of callables, or a list of functions, not 7"),
         ({}, None, "the session offers no tools"),
     ],

@@ -32,7 +32,7 @@ def checked_functions(functions: Functions) -> dict[str, Callable[..., Any]]:
     for name, function in named.items():
         if not isinstance(name, str) or not callable(function):
             raise OptionError(f"the function {name!r} must be callable, not {function!r}")
-        if inspect.iscoroutinefunction(function):
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
             raise OptionError(f"the function {name!r} is async, and nobody awaits it here; pass one that returns")
     return named
 

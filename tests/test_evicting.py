@@ -1323,6 +1323,27 @@ def test_k_that_is_quantised_in_heads_of_one_block_is_not_shifted(load: Loader) 
         cm.append(session, 65)
 
 
+def test_a_parked_window_loses_its_middle_where_its_sight_begins_in_the_gap(load: Loader) -> None:
+    """A return brings of a window the end alone, so nothing of it is left before the gap."""
+    cm = load("gemma3", n_ctx=768)
+    session = said(*map(line, range(9)))
+    n = cm.prepare(session)
+    cm.park(session)
+    n_gone = cm.make_room(session, n - 50)
+    assert n - 50 <= n_gone < n
+    row = row_of(cm, session)
+    ((index, extra),) = row.jumps
+    assert (row.n, extra) == (n - n_gone, n_gone)
+    assert index < row.end - cm.capabilities.n_swa < index + extra == cm._store.sequences.first(row.seq_id)
+    cm.append(session, 65)
+    session.add_assistant("x")
+    session.add_user("And?")
+    cm.prepare(session)
+    assert not reported(session).exact
+    cm.rebuild(session)
+    oracle_for(model_path("gemma3")).assert_exact(cm.logits(session), cm.tokens(session))
+
+
 def parked_approximate(max_bytes: int) -> tuple[ContextManager, Session]:
     cm = over_fake(n_ctx=400, radix=RadixOptions(max_bytes=max_bytes))
     session = said(*map(line, range(5)))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from llama_sessions import Capabilities, MemoryKind, NoFreeSlot, Slots, StateError
 from llama_sessions.kv.costs import Costs
 from llama_sessions.kv.plan import Cached, Plan, Restore, Share, Source, Wanted, can_be_cut, make_plan
-from llama_sessions.kv.row import Row, common_prefix
+from llama_sessions.kv.row import Jumps, Row, common_prefix
 from llama_sessions.kv.segments import SegmentLayout
 from llama_sessions.types import BlobKind, TokenArray
 
@@ -145,6 +145,16 @@ def test_a_row_with_a_window_may_be_cut_where_the_window_of_the_next_token_is_wh
     n: int, first_pos: int, may: bool
 ) -> None:
     assert can_be_cut(live("x" * 12, first_pos=first_pos), n, WINDOW) is may
+
+
+@pytest.mark.parametrize(
+    ("jumps", "first"), [((), 7), (((8, 5),), 13), (((3, 5),), 12), (((2, 1), (7, 6)), 14), (((10, 5),), 7)]
+)
+def test_a_window_that_begins_in_a_gap_begins_behind_it(jumps: Jumps, first: int) -> None:
+    """Of ten tokens the next one looks at four positions, its own included; a gap behind the last does not count."""
+    for first_pos in (first, first + 1):
+        source = Source("row", 2, ids("x" * 12), first_pos, jumps)
+        assert can_be_cut(source, 10, WINDOW) is (first_pos == first)
 
 
 def test_an_own_row_whose_window_is_gone_is_decoded_anew() -> None:

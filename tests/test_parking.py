@@ -1208,10 +1208,13 @@ def test_a_whole_row_that_cannot_be_restored_leaves_the_prefix_shared(
         raise SnapshotError("llama_state_seq_set_data_ext", 0, "no cells")
 
     monkeypatch.setattr(LlamaContext, "load_state", fails)
+    n_hit, n_miss = whole.stats().radix.n_hit_tokens, whole.stats().radix.n_miss_tokens
     whole.prepare(session)
     assert sources(session) == ["prefix", "decode"]
     assert session.last_prepare is not None
     assert session.last_prepare.n_reused == whole.prefix.n_tokens
+    radix = whole.stats().radix
+    assert (radix.n_hit_tokens - n_hit, radix.n_miss_tokens - n_miss) == (0, session.last_prepare.n_decoded)
     assert_exact(whole, session)
 
 

@@ -251,7 +251,7 @@ class Preparer:
             stretches = self._told(seat, self._store.apply(seat.row, plan))
             n_restored = self._restore(seat, plan, match, tokens, stretches)
         finally:
-            self._snapshots.let_go(match, plan, n_restored)
+            self._snapshots.let_go(match, n_restored, len(tokens) - seat.row.n)
         if asking is not None:
             self._parking.forget(session)
         session.n_past = n_reused = seat.row.n

@@ -112,6 +112,17 @@ def first_seen(n: int, caps: Capabilities) -> int:
     return max(0, n - caps.n_swa + 1)
 
 
+def first_needed(jumps: Jumps, n: int, caps: Capabilities) -> int:
+    """The first position of a window model's row of `n` tokens that the next one looks at: where its sight begins in a
+    gap, the one behind it."""
+    first, before = first_seen(end_of(jumps, n), caps), 0
+    for index, extra in jumps:
+        if index < n and index + before <= first < index + before + extra:
+            first = index + before + extra
+        before += extra
+    return first
+
+
 def first_restored(end: int, caps: Capabilities) -> int:
     """The first position that is whole in a row up to `end` once it was saved and is back: of a window model only what
     the last token saw comes back."""
@@ -128,7 +139,7 @@ def can_be_cut(source: Source, n: int, caps: Capabilities) -> bool:
         return n == len(source.tokens)  # a state cannot go back
     if caps.kind is MemoryKind.WINDOW:
         # A longer row may have lost the window of the next token, without any sign.
-        return source.first_pos <= first_seen(end_of(source.jumps, n), caps)
+        return source.first_pos <= first_needed(source.jumps, n, caps)
     return source.first_pos == 0
 
 

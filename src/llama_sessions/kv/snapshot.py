@@ -12,7 +12,7 @@ from ..notice import Notice
 from ..options import RadixOptions
 from ..report import RadixStats
 from ..types import BlobKind, ByteArray, Capabilities, MemoryKind, TokenArray
-from .plan import Cached, Plan, first_seen
+from .plan import Cached, first_seen
 from .row import Jumps, Row, end_of
 from .store import Feed, RowStore
 
@@ -155,13 +155,13 @@ class Snapshots:
             self._holds = True
             self._cache.lock(match)
 
-    def let_go(self, match: KvMatch, plan: Plan, n_restored: int) -> None:
-        """End a `hold`; the hits and misses of the prompt are counted."""
+    def let_go(self, match: KvMatch, n_hit: int, n_miss: int) -> None:
+        """End a `hold`; of the prompt so many tokens came from here, so many are left to decode."""
         if self._cache is not None:
             if match.node is not None and match.node.n_locks:  # else an interrupt came before the hold
                 self._cache.unlock(match)
             self._holds = False
-            self._count(match, n_restored, plan.n_tokens - plan.n_live - n_restored)
+            self._count(match, n_hit, n_miss)
 
     def count_hits(self, n_tokens: int) -> None:
         """Of a prompt that took them from what was kept for its row alone."""

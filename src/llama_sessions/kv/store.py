@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..errors import CapacityError, SnapshotError, StateError
 from ..report import Stretch
 from ..types import ByteArray, Capabilities, Context, FloatArray, MemoryKind, Run, TokenArray
-from .plan import Demand, Plan, Share, Source, can_be_cut, first_seen
+from .plan import Demand, Plan, Share, Source, can_be_cut, first_needed
 from .row import Jumps, Row, end_of
 from .sequences import Sequences
 
@@ -417,4 +417,4 @@ class RowStore:
             return False
         if self.caps.kind is not MemoryKind.WINDOW or not row.n:
             return True
-        return self.sequences.first(row.seq_id) <= first_seen(row.end, self.caps)
+        return self.sequences.first(row.seq_id) <= first_needed(row.jumps, row.n, self.caps)

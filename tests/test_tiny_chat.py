@@ -12,6 +12,7 @@ from llama_sessions import ContextManager, Engine, Session, builtin_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
+from eval_tiny_chat import manager, recall
 from tiny_chat_data import Words, is_held_out
 
 
@@ -40,6 +41,15 @@ def test_it_recalls_names_it_never_saw_in_training(cm: ContextManager) -> None:
         right += ask(cm, session, "What is my name?") == f"Your name is {name}."
         cm.release(session)
     assert right >= 9
+
+
+@pytest.mark.parametrize("kind", ["known", "unknown", "password"])
+@pytest.mark.parametrize("low", [384, 896])
+def test_it_recalls_up_to_its_whole_context(kind: str, low: int) -> None:
+    """Ten of the two hundred trials a bin that the model card has from `tools/eval_tiny_chat.py`."""
+    with manager(builtin_model()) as cm:
+        assert recall(cm, kind, low, 10) >= 0.9
+        assert not cm.stats().n_evictions
 
 
 def test_it_says_what_it_was_not_told(cm: ContextManager) -> None:

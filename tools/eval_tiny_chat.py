@@ -71,19 +71,26 @@ class Trial:
         return reply.text == self.answer
 
 
+def manager(path: str) -> ContextManager:
+    """Without headroom: what is told first must not be evicted before it is asked for."""
+    return ContextManager.load(path, max_sessions=2, n_threads=1, headroom=0)
+
+
+def recall(cm: ContextManager, kind: str, low: int, n_trials: int) -> float:
+    """The share of trials of a kind in the bin from `low` on that are right."""
+    return sum(Trial(cm, f"eval-{kind}-{low}-{i}", low, kind).run() for i in range(n_trials)) / n_trials
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     ap.add_argument("--model", default=builtin_model())
     ap.add_argument("--trials", type=int, default=200)
     args = ap.parse_args()
-    with ContextManager.load(args.model, max_sessions=2, n_threads=1) as cm:
+    with manager(args.model) as cm:
         print(f"{args.model}: n_ctx {cm.n_ctx_seq}, {args.trials} trials a bin")
         print(f"{'tokens':>12} {'known':>8} {'unknown':>8} {'password':>9}")
         for low in range(0, cm.n_ctx_seq, BIN):
-            row = []
-            for kind in ("known", "unknown", "password"):
-                right = sum(Trial(cm, f"eval-{kind}-{low}-{i}", low, kind).run() for i in range(args.trials))
-                row.append(right / args.trials)
+            row = [recall(cm, kind, low, args.trials) for kind in ("known", "unknown", "password")]
             print(f"{low:5d}..{low + BIN:5d} {row[0]:8.1%} {row[1]:8.1%} {row[2]:9.1%}", flush=True)
 
 

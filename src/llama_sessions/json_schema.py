@@ -128,9 +128,10 @@ class _Walk:
         for key in ("oneOf", "anyOf"):
             if key in given:
                 self.ignore(schema, place, "anyOf")  # one of several is no more than any of them to a grammar
-                return {
-                    "anyOf": [self.visit(s, f"{place}/{key}/{i}", depth) for i, s in self.listed(schema, key, place)]
-                }
+                branches = [(i, branch) for i, branch in self.listed(schema, key, place) if branch is not False]
+                if not branches:
+                    self.fail(f"{place}/{key}", "false in every branch: nothing meets it")
+                return {"anyOf": [self.visit(branch, f"{place}/{key}/{i}", depth) for i, branch in branches]}
         if "const" in given:
             self.ignore(schema, place, "const type")
             return {"const": self.of_kind([schema["const"]], kind, f"{place}/const")[0]}
@@ -256,7 +257,10 @@ class _Walk:
         more = schema.get("additionalProperties", True)
         if not properties and not required and more is True and "properties" not in schema:
             return {"type": "object"}
-        plain = {name: self.visit(s, f"{place}/properties/{name}", depth) for name, s in properties.items()}
+        never = {name for name, s in properties.items() if s is False} - set(required)
+        plain = {
+            name: self.visit(s, f"{place}/properties/{name}", depth) for name, s in properties.items() if name not in never
+        }
         for name in required:
             if name not in plain and more is False:
                 self.fail(f"{place}/required", f"{name!r} is no property, and others are forbidden: nothing meets it")
@@ -267,7 +271,7 @@ class _Walk:
         result: Schema = {"type": "object", "properties": plain, "required": required}
         if more is not False and "additionalProperties" in schema:
             result["additionalProperties"] = self.visit(more, f"{place}/additionalProperties", depth)
-            if plain:
+            if plain or never:
                 self.ignored.append(f"additionalProperties at {place} (they may repeat a property's name)")
         return result
 

@@ -22,6 +22,8 @@ test: $(VENV)/.tools
 
 # llama.cpp is compiled by pip while llama-cpp-python installs: say so before the long silence.
 $(VENV)/.runtime: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "There is no $(PYTHON); llama-sessions needs Python 3.10 or newer: apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "llama-sessions needs Python 3.10 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 1; }
 	@if ! $(BIN)/python -c 'import llama_cpp' 2>/dev/null; then \

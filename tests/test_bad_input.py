@@ -386,6 +386,7 @@ def test_a_vocabulary_that_is_none_or_of_another_model_is_refused() -> None:
         ({"role": "king", "content": "x"}, "message 0 has the role 'king'; known roles: system, user, assistant, tool"),
         ({"content": "x"}, "message 0 has the role None"),
         ({"role": ["user"], "content": "x"}, "message 0 has the role"),
+        ({"role": np.array(["user", "x"]), "content": "x"}, "message 0 has the role"),
         ({"role": "user"}, "content of message 0 must be text"),
         ({"role": "user", "content": 5}, "content of message 0 must be text"),
         ({"role": "user", "content": b"x"}, "content of message 0 must be text"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from models import model_path
 from oracle import Oracle, oracle_for
-from scripted import logits_seen, only_text
+from scripted import ids_of, logits_seen, only_text, reply_of, script, scripted
 
 from llama_sessions import (
     CapacityError,
@@ -220,13 +220,29 @@ def test_chunks_never_hold_half_a_character(load: Loader) -> None:
     assert session.messages[-1]["content"] == "€€"
 
 
-def test_half_a_character_at_the_end_is_shown_as_its_replacement(load: Loader) -> None:
-    cm = load()
-    first = int(cm.vocab.tokenize("€")[0])
+def test_half_a_character_at_the_end_is_shown_as_its_replacement(cm: ContextManager, engine: Engine) -> None:
     session = Session()
-    chunks = list(Engine(cm).stream(session, "Who?", max_tokens=1, logit_bias={first: 10_000.0}))
-    assert [c.text for c in chunks] == ["�"]
+    chunks = list(script(engine.stream(session, "Who?"), ids_of(cm, "€")[:1]))
+    assert [c.text for c in chunks] == ["", "�"]
     assert session.messages[-1]["content"] == "�"
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_a_reply_that_was_cut_within_a_character_goes_on_with_it(
+    cm: ContextManager, engine: Engine, oracle: Oracle, n: int
+) -> None:
+    ids, session = ids_of(cm, "It €!", by_byte=True), Session()
+    first = reply_of(script(engine.stream(session, "Who?", max_tokens=n), ids))
+    assert (first.text, first.tokens) == ("It ", tuple(ids[:n]))
+    chunks = list(script(engine.stream(session, continue_last=True), ids[3:]))
+    assert "".join(chunk.text for chunk in chunks) == "€!"
+    assert session.messages[-1]["content"] == "It €!"
+    assert session.last_prepare is not None
+    assert session.last_prepare.n_decoded == n - 4  # where a byte of it is in the row, that goes, and its logits
+    session.add_user("And?")
+    cm.prepare(session)
+    assert session.last_prepare.n_decoded < session.last_prepare.n_reused
+    oracle.assert_exact(cm.logits(session), cm.tokens(session))
 
 
 def test_a_stream_in_a_with_block_is_ended_at_its_end(cm: ContextManager, engine: Engine) -> None:
@@ -240,18 +256,6 @@ def test_a_stream_in_a_with_block_is_ended_at_its_end(cm: ContextManager, engine
 
 
 # -- stop strings and limits
-
-
-def scripted(
-    engine: Engine, session: Session, text: str, reply: str, *, by_letter: bool = False, **options: Any
-) -> Any:
-    """A stream that samples the tokens of `reply`, whatever the logits say; then the end."""
-    cm = engine.cm
-    parts = list(reply) if by_letter else [reply]
-    ids = iter([*(int(t) for part in parts for t in cm.vocab.tokenize(part)), eog(cm)])
-    stream = engine.stream(session, text, **options)
-    stream._generation._sampler.sample = lambda *_: next(ids)
-    return stream
 
 
 @pytest.mark.parametrize(
@@ -286,7 +290,7 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(cm: Contex
 
 @pytest.mark.parametrize(
     ("said", "n", "shown", "text"),
-    [("one two", 6, "one ", "one tw"), ("It €", 4, "It ", "It �"), (" <think", 3, "", " <t")],
+    [("one two", 6, "one ", "one tw"), ("It €", 4, "It ", "It "), (" <think", 3, "", " <t")],
 )
 def test_what_was_held_back_when_a_stream_is_left_is_kept(
     cm: ContextManager, engine: Engine, said: str, n: int, shown: str, text: str
@@ -323,7 +327,7 @@ def test_after_a_stop_string_row_and_session_agree_and_a_turn_decodes_only_what_
 
 def test_after_a_stop_string_the_ids_before_it_still_stand(cm: ContextManager, engine: Engine) -> None:
     session = Session()
-    list(scripted(engine, session, "Count!", "five six seven eight", by_letter=True, stop="seven"))
+    list(scripted(engine, session, "Count!", "five six seven eight", by_byte=True, stop="seven"))
     assert session.messages[-1]["content"] == "five six "
     before = cm.tokens(session)
     session.add_user("Go on.")

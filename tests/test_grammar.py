@@ -8,7 +8,6 @@ import logging
 import math
 import re
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 

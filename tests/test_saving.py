@@ -218,6 +218,17 @@ def test_what_was_not_saved_by_us_is_refused(load: Loader, change: Any, message:
         Session.from_dict(change(saved))
 
 
+@pytest.mark.parametrize("call", [lambda cm, s: s.copy(), lambda cm, s: s.to_dict(), ContextManager.fork])
+def test_what_is_nested_too_deep_cannot_be_copied(load: Loader, call: Any) -> None:
+    cm = load()
+    session = a_session(cm)
+    session.messages[-1]["extra"] = nested(5000)
+    with pytest.raises(OptionError, match="nested too deep"):
+        call(cm, session)
+    del session.messages[-1]["extra"]
+    cm.prepare(cm.fork(session))
+
+
 def test_ids_outside_the_vocabulary_are_harmless(load: Loader) -> None:
     cm = load()
     saved = a_session(cm).to_dict()

@@ -43,6 +43,13 @@ def test_a_character_that_never_ends_is_shown_as_the_replacement_character_at_th
     assert said.end() == []
 
 
+def test_a_character_that_was_cut_is_not_said() -> None:
+    said = speech()
+    assert shown_by(said, [b"a\xe6\x97"]) == ["a"]
+    assert said.end(cut=True) == []
+    assert said.text == "a"
+
+
 def test_without_stop_strings_and_marks_nothing_is_held_back() -> None:
     assert shown_by(speech(), [b" ", b"<think>", b"a <", b" \n"]) == [" ", "<think>", "a <", " \n"]
 

@@ -105,11 +105,14 @@ def test_a_regen_that_is_stopped_before_its_first_token_brings_the_answer_back(l
 
 def test_save_and_load(load: Loader, tmp_path: Path) -> None:
     cm, file = load(), tmp_path / "talk.json"
-    out = talk(cm, "first", f"/save {file}", f"/load {file}", "/stats", "/load nowhere.json", logit_bias=only_text(cm))
+    lines = ["first", f"/save {file}", f"/load {file}", "/stats", "/load nowhere.json", "/load", "/save"]
+    out = talk(cm, *lines, logit_bias=only_text(cm))
     assert f"2 messages written to {file}" in out
     assert "session 2, 2 messages" in out
     assert "slots in use" in out
     assert "FileNotFoundError" in out
+    assert "/load needs the name of a file" in out
+    assert "/save needs the name of a file" in out
 
 
 @pytest.mark.parametrize("line", ["/nothing", "/load", "/save /", "\ud800", "x" * 100_000])

@@ -233,7 +233,7 @@ class Generation(Course):
         return self._last_chunks(None, [], stop_reason)
 
     def _last_chunks(self, token: int | None, parts: list[Part], stop_reason: str) -> list[Chunk]:
-        parts = parts + self._speech.end()
+        parts = parts + self._speech.end(cut=stop_reason != "stop")
         return self._as_chunks(token, parts, self.finish(stop_reason))
 
     def finish(self, stop_reason: str) -> Reply:
@@ -274,7 +274,7 @@ class Generation(Course):
     def _keep_what_was_said(self, stop_reason: str) -> bool:
         """Put it into the session, and let that go; where nothing was said, take the question back. Whether there was
         something."""
-        self._speech.end()
+        self._speech.end(cut=stop_reason != "stop")
         said_something = bool(self._speech.tokens) or stop_reason not in CUT_SHORT
         try:
             if said_something:

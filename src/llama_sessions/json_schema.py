@@ -258,9 +258,8 @@ class _Walk:
         if not properties and not required and more is True and "properties" not in schema:
             return {"type": "object"}
         never = {name for name, s in properties.items() if s is False} - set(required)
-        plain = {
-            name: self.visit(s, f"{place}/properties/{name}", depth) for name, s in properties.items() if name not in never
-        }
+        may_be = {name: s for name, s in properties.items() if name not in never}
+        plain = {name: self.visit(s, f"{place}/properties/{name}", depth) for name, s in may_be.items()}
         for name in required:
             if name not in plain and more is False:
                 self.fail(f"{place}/required", f"{name!r} is no property, and others are forbidden: nothing meets it")

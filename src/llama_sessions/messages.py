@@ -10,13 +10,19 @@ from .options import checked_text
 from .types import ROLES, Message
 
 
+def role_of(message: object) -> str:
+    """The role of what may be a message; "" where there is none."""
+    role = message.get("role") if isinstance(message, dict) else None
+    return role if isinstance(role, str) else ""
+
+
 def check_message(message: object, where: str) -> Message:
     """An OpenAI-style message dict with a known role and text content, else OptionError naming `where`."""
     if not isinstance(message, dict):
         raise OptionError(f"{where} must be a dict with 'role' and 'content', not {type(message).__name__}")
-    role = message.get("role")
+    role = role_of(message)
     if role not in ROLES:
-        raise OptionError(f"{where} has the role {role!r}; known roles: {', '.join(ROLES)}")
+        raise OptionError(f"{where} has the role {message.get('role')!r}; known roles: {', '.join(ROLES)}")
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list | tuple) and all(_is_call(call) for call in calls)):
         raise OptionError(f"the tool_calls of {where} must be a list of OpenAI tool calls, not {calls!r}")

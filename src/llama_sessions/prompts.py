@@ -11,7 +11,7 @@ import numpy as np
 from .errors import OptionError
 from .hooks import Hooks
 from .kv.prefix import Prefix
-from .messages import check_message
+from .messages import check_message, role_of
 from .options import checked_text
 from .render import Rendered, Renderer
 from .session import Session
@@ -54,11 +54,7 @@ class Conversation:
     @property
     def is_empty(self) -> bool:
         """Nobody has said anything yet: there is a system text at most."""
-        return all(isinstance(m, dict) and m.get("role") == "system" for m in self.messages)
-
-
-def _is_system(message: object) -> bool:
-    return isinstance(message, dict) and message.get("role") == "system"
+        return all(role_of(m) == "system" for m in self.messages)
 
 
 Said: TypeAlias = tuple[tuple[str, ...], ...]
@@ -99,7 +95,7 @@ class Prompter:
         own = message_list(session)
         messages = (window or session.window_state).seen(own)
         # A system text at the head is nobody's to drop, but for one that stands for messages that are out.
-        brings_own = bool(messages) and _is_system(messages[0]) and messages[0] is own[0]
+        brings_own = bool(messages) and role_of(messages[0]) == "system" and messages[0] is own[0]
         system = session.system if session.system is not None else None if brings_own else self._prefix.text
         head: Message | None = own[0] if brings_own else None
         if system and not session.is_raw:

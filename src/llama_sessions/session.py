@@ -6,15 +6,17 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import OptionError
-from .messages import check_message, checked_tools, checked_variables
+from .messages import check_message, checked_tools, checked_variables, role_of
 from .options import checked_bool, checked_int, checked_list, checked_namespace, checked_text
 from .report import PrepareReport
 from .spoken import SpokenReplies, SpokenReply, words_of
 from .types import Message
 from .window import Window, among, checked_places, places
+
+T = TypeVar("T")
 
 _VERSION = 2  # of what `to_dict` writes
 
@@ -204,7 +206,7 @@ class Session:
         messages, window = self.messages, self._window
         if not window.out or not isinstance(messages, list) or not messages:  # what else it may be is told later
             return window
-        asked = next((m for m in reversed(messages) if isinstance(m, dict) and m.get("role") == "user"), None)
+        asked = next((m for m in reversed(messages) if role_of(m) == "user"), None)
         return Window() if window.hides(messages[-1]) or window.hides(asked) else window
 
     def set_window(self, window: Window) -> None:
@@ -250,12 +252,12 @@ class Session:
 
     def copy_with_map(self) -> tuple[Session, dict[int, Message]]:
         """A copy, and the copied dict of each message and replacement by the `id` of the original."""
-        tools, variables = copy.deepcopy((self.tools, self.template_kwargs))
+        tools, variables = _copied((self.tools, self.template_kwargs))
         twin = Session(self.system, self.namespace, tools, variables)
         twin._raw = self._raw
         window, pinned = self._window, self._pinned
         originals = list(self.messages), window.replacements, window.withdrawn
-        copies = copy.deepcopy(originals)  # in one go: what stands in both is one dict in the copy, too
+        copies = _copied(originals)  # in one go: what stands in both is one dict in the copy, too
         twins = {id(m): copied for m, copied in zip(chain(*originals), chain(*copies), strict=True)}
         twin.messages = copies[0]
         twin._replies = SpokenReplies(replace(r, message=twins.get(id(r.message), r.message)) for r in self._replies)
@@ -275,9 +277,9 @@ class Session:
             "raw": self._raw,
             "system": self.system,
             "namespace": self.namespace,
-            "tools": copy.deepcopy(self.tools),
-            "template_kwargs": copy.deepcopy(self.template_kwargs),
-            "messages": copy.deepcopy(self.messages),
+            "tools": _copied(self.tools),
+            "template_kwargs": _copied(self.template_kwargs),
+            "messages": _copied(self.messages),
             "replies": [
                 {
                     "message": at[id(r.message)],
@@ -301,10 +303,7 @@ class Session:
         version = checked_int("the version of a saved session", data["version"], 1)
         if version > _VERSION:
             raise OptionError(f"the session was saved in version {version}; this one reads up to {_VERSION}: upgrade")
-        try:
-            data = copy.deepcopy(dict(data))
-        except RecursionError:
-            raise OptionError("the saved session is nested too deep: to_dict wrote no such thing") from None
+        data = _copied(dict(data))
         self = cls(data.get("system"), data.get("namespace"), data.get("tools"), data.get("template_kwargs"))
         self._raw = checked_bool("raw", data.get("raw", False))
         messages = checked_list("'messages'", data["messages"])
@@ -314,6 +313,14 @@ class Session:
         self._pinned = checked_places("'pins'", data.get("pins", []), self.messages)
         self._window = Window.from_dict(data.get("window", {}), self.messages)
         return self
+
+
+def _copied(value: T) -> T:
+    """A deep copy; OptionError for what is nested too deep for one."""
+    try:
+        return copy.deepcopy(value)
+    except RecursionError:
+        raise OptionError("a message, a tool or a variable is nested too deep to be copied") from None
 
 
 def check_session(session: object) -> Session:

@@ -69,11 +69,14 @@ class Speech:
             self._parser.push(self._decoder.decode(piece))
         return n_thought
 
-    def end(self) -> list[Part]:
-        """Whatever was held back; nothing the second time."""
+    def end(self, *, cut: bool = False) -> list[Part]:
+        """Whatever was held back; nothing the second time. `cut`: more would have come, so what is no whole character
+        yet is not said, and whoever goes on says it."""
         if self._over:
             return []
         self._over = True
+        if cut:
+            self._decoder.reset()
         return self._parser.push(self._decoder.decode(b"", final=True), final=True)
 
     def ids_spelling(self, text: str) -> list[int]:

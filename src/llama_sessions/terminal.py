@@ -184,10 +184,16 @@ class Terminal:
         self._say(f"{len(session.pinned_messages())} messages pinned")
 
     def _save(self, name: str) -> None:
+        if not name:
+            self._say("/save needs the name of a file")
+            return
         Path(name).write_text(json.dumps(self._session.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
         self._say(f"{len(self._session.messages)} messages written to {name}")
 
     def _load(self, name: str) -> None:
+        if not name:
+            self._say("/load needs the name of a file")
+            return
         self._add(Session.from_dict(json.loads(Path(name).read_text(encoding="utf-8"))))
         self._say(f"session {self._at + 1}, {len(self._session.messages)} messages")
 

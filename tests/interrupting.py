@@ -14,21 +14,30 @@ T = TypeVar("T")
 ROOT = str(Path(llama_sessions.__file__).parent)
 
 
+def ctrl_c(_: object) -> None:
+    """As Python's own handler."""
+    raise KeyboardInterrupt
+
+
 def interrupted_everywhere(
-    start: Callable[[], T], act: Callable[[T], object], check: Callable[[T], object], step: int = 1
+    start: Callable[[], T],
+    act: Callable[[T], object],
+    check: Callable[[T], object],
+    step: int = 1,
+    press: Callable[[T], object] = ctrl_c,
 ) -> int:
     """`act` on a new `start()` with an interrupt before the k-th bytecode inside the package, for each k there is (or
-    each `step`-th); `check` what is left after each. Returns how many there were."""
+    each `step`-th); `check` what is left after each. Returns how many there were. `press`: what an interrupt calls."""
     k = 0
     while True:
         thing, left = start(), k
 
-        def local(frame: FrameType, event: str, arg: Any) -> Any:
+        def local(frame: FrameType, event: str, arg: Any, thing: T = thing) -> Any:
             nonlocal left
             if event == "opcode":
                 left -= 1
                 if left == -1:
-                    raise KeyboardInterrupt
+                    press(thing)
             return local
 
         def trace(frame: FrameType, event: str, arg: Any) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupting import interrupted_everywhere
 from scripted import only_text
 from test_reasoning import OPENS
 
@@ -162,6 +163,25 @@ def test_what_the_terminal_cannot_spell_does_not_end_it(encoding: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(b" said]") == 3
     assert b"/switch N" in done.stdout
+
+
+def test_ctrl_c_at_no_moment_ends_the_program(load: Loader) -> None:
+    cm = load()
+    outs: list[io.StringIO] = []
+
+    def start() -> Terminal:
+        outs.append(io.StringIO())
+        return Terminal(cm, typing("/undo", "/nothing", "/switch 5"), outs[-1])
+
+    ended: list[Terminal] = []
+
+    def act(terminal: Terminal) -> None:
+        terminal.run()
+        ended.append(terminal)
+
+    n = interrupted_everywhere(start, act, lambda _: None, press=Terminal.interrupt)
+    assert len(ended) == len(outs) > n > 200
+    assert sum("(stopped)" in out.getvalue() for out in outs) > 50  # and elsewhere there was nothing to stop
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_program(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from .engine import Engine
 from .errors import LlamaSessionsError
@@ -24,6 +27,8 @@ HELP = """\
 A line that ends with \\ goes on in the next; \"\"\" alone begins and ends a text of several lines.
 Ctrl-C stops a reply; what was said of it stays."""
 
+T = TypeVar("T")
+
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 _LONG_PROMPT = 256  # tokens to decode from which on progress is shown
 
@@ -39,6 +44,7 @@ class Terminal:
         self._options = options
         self._in_colour = out.isatty()
         self._shows_progress = False
+        self._can_be_stopped = False
         self._sessions = [Session()]
         self._at = 0
         self._commands: dict[str, Callable[[str], None]] = {
@@ -61,7 +67,7 @@ class Terminal:
         self._say(f"{self._cm.capabilities.model}, {self._cm.n_ctx_seq} tokens. /help says what can be typed.")
         while True:
             try:
-                text = self._read()
+                text = self._until_stopped(self._read)
             except EOFError:
                 self._say()
                 return
@@ -71,12 +77,24 @@ class Terminal:
             if text.strip() in ("/quit", "/exit"):
                 return
             try:
-                self._obey(text)
+                self._until_stopped(partial(self._obey, text))
             except KeyboardInterrupt:
-                with suppress(KeyboardInterrupt):  # pressed twice
-                    self._say("\n(stopped)")
+                self._say("\n(stopped)")
             except (LlamaSessionsError, OSError, ValueError, RecursionError) as e:
                 self._say(f"{type(e).__name__}: {e}")
+
+    def interrupt(self, *_: object) -> None:
+        """A handler for SIGINT: stops the line or the reply that is under way, and at any other moment nothing."""
+        if self._can_be_stopped:
+            self._can_be_stopped = False  # pressed twice, it must not stop the stopping
+            raise KeyboardInterrupt
+
+    def _until_stopped(self, act: Callable[[], T]) -> T:
+        try:
+            self._can_be_stopped = True
+            return act()
+        finally:
+            self._can_be_stopped = False
 
     def _read(self) -> str:
         """What the user says: a line, or several."""
@@ -221,4 +239,19 @@ def chat(model: str, system: str | None, *, n_ctx: int | None = None, **options:
     with ContextManager.load(model, n_ctx=n_ctx) as cm:
         if system:
             cm.set_system(system)
-        Terminal(cm, input, sys.stdout, **options).run()
+        terminal = Terminal(cm, input, sys.stdout, **options)
+        with _handler(terminal.interrupt):
+            terminal.run()
+
+
+@contextmanager
+def _handler(interrupt: Callable[..., None]) -> Iterator[None]:
+    """Ctrl-C calls `interrupt`. Python's own handler raises at any moment: between two lines of a loop, too."""
+    if threading.current_thread() is not threading.main_thread():  # where there are no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

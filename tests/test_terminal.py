@@ -218,7 +218,9 @@ def test_ctrl_c_stops_a_reply_and_not_the_program(tmp_path: Path) -> None:
         for _ in range(50):  # a reply of random weights may be over before the signal comes
             printed = b""
             os.write(main, b"go on and on\n")
-            wait_for(rb"on and on\r\n.{4}")
+            wait_for(rb"on and on\r\n(.{4}|\r\n> $)")
+            if printed.endswith(b"\r\n> "):  # the signal before came as the prompt did, and took this line with it
+                continue
             process.send_signal(signal.SIGINT)
             wait_for(rb"> $")
             if b"(stopped)" in printed:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conversations import Loader, assert_as_alone, assert_exact, is_seated, over_fake, said
 from gate import LONG_S, Gate, wait_until
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from interrupting import interrupted_everywhere
 from test_invariants import KINDS, Fault
@@ -1604,6 +1604,12 @@ OPERATIONS = st.tuples(
     share=st.sampled_from([0.1, 0.5, 1.0]),
     operations=st.lists(OPERATIONS, min_size=3, max_size=30),
 )
+@example(  # one gives way while its row is on the way back from a step that failed
+    slots=2, n_ctx=None, n_batch=16, radix=False, share=0.1, operations=[
+        *[("submit", 0, 1, 0)] * 3, ("submit", 0, 3, 0), ("submit", 0, 1, 0), ("steps", 0, 20, 0), ("fault", 2, 1, 0),
+        ("submit", 0, 1, 1), ("fault", 0, 1, 0),
+    ],
+)  # fmt: skip
 def test_whatever_comes_everybody_says_what_they_would_have_said_alone(
     slots: int, n_ctx: int | None, n_batch: int, radix: bool, share: float, operations: list[Operation]
 ) -> None:

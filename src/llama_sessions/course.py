@@ -28,6 +28,7 @@ class Course:
         self._row: Row | None = None
         self._n_prompt = 0  # tokens of the row before the reply; below 0 where a part of the reply had to go
         self._n_at_way = -1  # tokens there were when it last gave way
+        self._gave_all = True  # the row that it gave up held all that it was to hold
         self._most = cm.capabilities.n_row_max
 
     @property
@@ -64,12 +65,17 @@ class Course:
 
     def give_up_row(self) -> None:
         """Let the row go for others; `come_back` gets it again, token for token."""
+        is_under_way = self._renewal is not None and not self._renewal.done
+        self._gave_all = not is_under_way or self._cm.is_parked(self.session)  # of one that returns it is known
         self._cm.park(self.session, holder=self.holder)
 
     def come_back(self) -> None:
         """Begin to get the row again. CapacityError where there is no room for it yet."""
         if not self.tokens:
             self.begin_prompt()
+            return
+        if not self._gave_all:
+            self.begin_again()
             return
         self._renewal = self._cm.begin_return(self.session, holder=self.holder) or self._renewal
         if self._renewal is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_sessions.generation_options import GenerationOptions
@@ -73,6 +73,7 @@ ids = st.integers(0, N_VOCAB - 1)
 biases = st.dictionaries(ids, st.sampled_from([-math.inf, -3.0, 2.0, 25.0]), max_size=8)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31), bias=biases, prompt=st.lists(ids, max_size=80), top_k=st.sampled_from([1, 5, 40, 0]),
     temperature=st.sampled_from([0.0, 0.8]), top_p=st.sampled_from([0.95, 0.7]),
@@ -116,6 +117,7 @@ class Only:
         assert self.allows(token)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31), bias=biases, n_allowed=st.sampled_from([1, 30, 3000]),
     temperature=st.sampled_from([0.0, 0.8]), top_k=st.sampled_from([1, 5, 40]),

@@ -1,12 +1,15 @@
-"""A KeyboardInterrupt before each bytecode of the package, one after the other."""
+"""A KeyboardInterrupt before each bytecode of the package, one after the other, or behind one call."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
+
+import pytest
 
 import llama_sessions
 
@@ -17,6 +20,21 @@ ROOT = str(Path(llama_sessions.__file__).parent)
 def ctrl_c(_: object) -> None:
     """As Python's own handler."""
     raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupted_behind(owner: type, method: str) -> Iterator[None]:
+    """A KeyboardInterrupt behind a call of a method, which whoever is within has to let out."""
+    real = getattr(owner, method)
+
+    def interrupted(*args: Any) -> None:
+        real(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(owner, method, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def interrupted_everywhere(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conversations import Loader, assert_exact, over_fake, prepared, said, sources
+from interrupting import interrupted_behind
 from scripted import only_text
 
 from llama_sessions import (
@@ -666,24 +667,14 @@ def test_what_a_prompt_restores_is_not_pushed_out_by_what_it_drops(load: Loader)
     assert_exact(cm, second)
 
 
-def test_an_interrupt_between_a_copy_of_streams_and_its_note_stays_exact(
-    load: Loader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_between_a_copy_of_streams_and_its_note_stays_exact(load: Loader) -> None:
     cm = load(kv_unified=False, n_ctx=2048)
     first, second = said("Who are you? " * 8), said("Something else altogether. " * 5)
     cm.prepare(second)
     cm.park(second)
     cm.prepare(first)
-    real = Sequences.copy
-
-    def interrupted(self: Sequences, *args: Any) -> None:
-        real(self, *args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Sequences, "copy", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            cm.fork(first)
+    with interrupted_behind(Sequences, "copy"):
+        cm.fork(first)
     gc.collect()
     cm.prepare(second)
     assert_exact(cm, second)
@@ -729,21 +720,13 @@ def test_a_whole_row_for_which_there_are_no_cells_is_decoded_behind_what_is_shar
     assert_exact(cm, session)
 
 
-def test_an_interrupt_at_the_hold_leaves_no_lock(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_at_the_hold_leaves_no_lock(load: Loader) -> None:
     cm = load()
     session = said("Who are you? " * 5)
     cm.prepare(session)
     cm.park(session)
-    real = Snapshots.hold
-
-    def interrupted(self: Snapshots, match: Any) -> None:
-        real(self, match)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Snapshots, "hold", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            cm.prepare(session)
+    with interrupted_behind(Snapshots, "hold"):
+        cm.prepare(session)
     cm.check_integrity()
     cm.clear_radix()
     assert cm.stats().radix.n_bytes == 0

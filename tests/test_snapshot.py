@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conversations import Loader, assert_exact, over_fake, prepared, said, sources
+from interrupting import interrupted_behind
 
 from llama_sessions import ContextManager, MemoryKind, Session, SnapshotError
 from llama_sessions.kv.segments import SegmentLayout
@@ -171,22 +172,13 @@ def test_what_an_interrupt_left_in_the_scratch_goes_before_anything_passes(monke
     assert_exact(cm, third)
 
 
-def test_the_token_that_ends_what_is_pending_is_nobodys_though_an_interrupt_follows_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_token_that_ends_what_is_pending_is_nobodys_though_an_interrupt_follows_it() -> None:
     cm = over_fake()
     (session,) = prepared(cm, "Who are you? " * 6)
     cm._store.note_shift()
-    n_decoded, real = cm.stats().n_tokens_decoded, FakeMemory.seq_rm
-
-    def interrupted(self: FakeMemory, seq_id: int, *args: Any) -> bool:
-        real(self, seq_id, *args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FakeMemory, "seq_rm", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            cm.flush(session)
+    n_decoded = cm.stats().n_tokens_decoded
+    with interrupted_behind(FakeMemory, "seq_rm"):
+        cm.flush(session)
     cm.check_integrity()
     assert cm.stats().n_tokens_decoded == n_decoded
 

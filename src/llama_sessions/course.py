@@ -28,7 +28,6 @@ class Course:
         self._row: Row | None = None
         self._n_prompt = 0  # tokens of the row before the reply; below 0 where a part of the reply had to go
         self._n_at_way = -1  # tokens there were when it last gave way
-        self._gave_all = True  # the row that it gave up held all that it was to hold
         self._most = cm.capabilities.n_row_max
 
     @property
@@ -65,8 +64,6 @@ class Course:
 
     def give_up_row(self) -> None:
         """Let the row go for others; `come_back` gets it again, token for token."""
-        is_under_way = self._renewal is not None and not self._renewal.done
-        self._gave_all = not is_under_way or self._cm.is_parked(self.session)  # of one that returns it is known
         self._cm.park(self.session, holder=self.holder)
 
     def come_back(self) -> None:
@@ -74,8 +71,9 @@ class Course:
         if not self.tokens:
             self.begin_prompt()
             return
-        if not self._gave_all:
-            self.begin_again()
+        renewal = self._renewal
+        if renewal is not None and not renewal.done and len(self._cm.tokens(self.session)) < renewal.n_tokens:
+            self.begin_again()  # it gave way before its row was what it was to be, and that is all that was kept
             return
         self._renewal = self._cm.begin_return(self.session, holder=self.holder) or self._renewal
         if self._renewal is not None:

@@ -233,8 +233,12 @@ class Generation(Course):
         return self._last_chunks(None, [], stop_reason)
 
     def _last_chunks(self, token: int | None, parts: list[Part], stop_reason: str) -> list[Chunk]:
-        parts = parts + self._speech.end(cut=stop_reason != "stop")
+        parts = parts + self._end_speech(stop_reason)
         return self._as_chunks(token, parts, self.finish(stop_reason))
+
+    def _end_speech(self, stop_reason: str) -> list[Part]:
+        """What was held back; only where the model itself has stopped, half a character, too."""
+        return self._speech.end(cut=stop_reason != "stop")
 
     def finish(self, stop_reason: str) -> Reply:
         """End the reply; what was said goes into the session. Before the first token nothing was: the user's message
@@ -274,7 +278,7 @@ class Generation(Course):
     def _keep_what_was_said(self, stop_reason: str) -> bool:
         """Put it into the session, and let that go; where nothing was said, take the question back. Whether there was
         something."""
-        self._speech.end(cut=stop_reason != "stop")
+        self._end_speech(stop_reason)
         said_something = bool(self._speech.tokens) or stop_reason not in CUT_SHORT
         try:
             if said_something:
